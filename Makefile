@@ -1,0 +1,35 @@
+# make demo   replicas train a convnet on real digits; ends with a table and a report (under a minute)
+# make test   the whole test suite
+# make lint   style, docstrings and types
+# Each creates .venv and installs on its first call; later calls start at once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint benchmark clean
+
+demo: $(READY)
+	$(BIN)/replica-newton compare --dataset digits --methods sgd,paper --replicas 1,2,4,8 \
+		--epochs 30 --seeds 0,1,2 --out runs/demo
+
+test: $(READY)
+	$(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/algebra_cost.py
+
+clean:
+	rm -rf .venv runs
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; $(PYTHON) is older (try: make PYTHON=python3.11)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 --editable ".[dev]"
+	@touch $@

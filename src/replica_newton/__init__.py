@@ -1,0 +1,1 @@
+"""Second-order training for PyTorch from the differences between data-parallel replicas."""
