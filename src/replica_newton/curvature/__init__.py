@@ -1,0 +1,7 @@
+"""Curvature from replicas: pure functions on displacements and gradients, knowing nothing of processes or models."""
+
+from replica_newton.curvature.newton import exact_newton_step, saddle_free_inverse_hvp
+from replica_newton.curvature.ritz import RitzPairs, rayleigh_ritz
+from replica_newton.curvature.secant import SecantCurvature
+
+__all__ = ["RitzPairs", "SecantCurvature", "exact_newton_step", "rayleigh_ritz", "saddle_free_inverse_hvp"]

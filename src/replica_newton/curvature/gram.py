@@ -1,0 +1,89 @@
+"""Replica rows: how M vectors of N elements are checked, centred and multiplied with each other in fp64."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 14
+"""Columns converted to fp64 at a time: 128 KiB a row, so that the temporary of 2 x 8 rows stays in the cache."""
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype of N-sized results: fp64 if any input is fp64, else fp32 (half precision holds no differences)."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    """Check that `rows` is a floating `(M, N)` matrix: one row a replica, M and N at least 1.
+
+    Args:
+        name: what the error calls the matrix.
+        rows: the matrix to check.
+
+    Raises:
+        TypeError: if it is not a dense real floating-point tensor.
+        ValueError: if it is not two-dimensional or is empty.
+    """
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.layout != torch.strided:
+        got = f"{rows.layout}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"{name} must be a dense real floating-point tensor, got {got}")
+    if rows.dim() != 2 or rows.numel() == 0:
+        raise ValueError(f"{name} must have shape (M, N), one row a replica, M, N >= 1; got {tuple(rows.shape)}")
+
+
+def check_finite(name: str, rows: Tensor) -> None:
+    """Check that every element of `rows`, `(M, N)`, is finite.
+
+    Args:
+        name: what the error calls the matrix.
+        rows: the matrix to check.
+
+    Raises:
+        ValueError: naming the first replica whose row holds nan or inf.
+    """
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        replica = int((~finite).nonzero()[0])
+        bad = rows[replica][~torch.isfinite(rows[replica])]
+        raise ValueError(f"{name} must be finite; replica {replica} holds {float(bad[0])} ({bad.numel()} elements)")
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products of every row of one matrix with every row of another, `A Bᵀ`, summed in fp64.
+
+    fp32 sums would bury singular values below about 3e-4 of the largest, the square root of the rounding error.
+
+    Args:
+        rows: `(a, N)`, any float dtype and device.
+        others: `(b, N)` on the same device.
+
+    Returns:
+        `(a, b)` in fp64 on the CPU, where all M×M work is done.
+    """
+    total = torch.zeros(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], CHUNK):
+        left = rows[:, start : start + CHUNK].double()
+        right = left if others is rows else others[:, start : start + CHUNK].double()
+        total.addmm_(left, right.T)
+    return total.cpu()
+
+
+@cache
+def differences_basis(replicas: int) -> Tensor:
+    """Orthonormal basis of the M-vectors that sum to zero (Helmert contrasts).
+
+    Centred replica rows satisfy `Σ_m row_m = 0`, so their Gram matrix has the vector of ones as an exact null
+    vector. Working in this basis drops that mode by construction, before anything is divided by a singular value,
+    and makes any common shift of the rows cancel: they need not be centred at all.
+
+    Args:
+        replicas: M >= 1.
+
+    Returns:
+        `(M, M−1)` in fp64, columns orthonormal and orthogonal to the vector of ones. It is shared: do not write to it.
+    """
+    k = torch.arange(1, replicas, dtype=torch.float64)
+    contrasts = torch.ones(replicas, max(replicas - 1, 0), dtype=torch.float64).triu()
+    contrasts[1:].diagonal().copy_(-k)
+    return contrasts / (k * (k + 1)).sqrt()

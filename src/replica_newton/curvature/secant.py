@@ -1,0 +1,237 @@
+"""The paper's algebra: the inverse-Hessian product of any vector from replicas at different parameters."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from replica_newton.curvature.gram import (
+    check_finite,
+    check_rows,
+    differences_basis,
+    inner_products,
+    working_dtype,
+)
+from replica_newton.curvature.ritz import RitzPairs, rayleigh_ritz
+
+DEFAULT_RTOL = 1e-6
+"""Above the rounding of centred fp32 rows (6e-8) and the resolution of an fp64 Gram matrix (1.5e-8)."""
+
+
+class SecantCurvature:
+    """Curvature seen by M replicas at parameters `w_m` with gradients `g_m`.
+
+    Rows are centred, `W_m = w_m − w̄`, `G_m = g_m − ḡ`, so that `G ≈ H W`. The singular value decomposition
+    `Gᵀ = U Σ Vᵀ` (N×M) comes from the M×M Gram matrix of G, and gives for any vector z
+
+        Ĥ⁻¹ z = z_⊥ + Σ_i (u_iᵀ z) W v_i / σ_i,      z_⊥ = z − U Uᵀ z.
+
+    That is `Ĥ⁻¹ = I + (W − G) G⁺`: type-II Anderson mixing with replicas in place of history. It is exact on the
+    span of G for a quadratic and the identity across it. The mode of equal weights is dropped, so M replicas show
+    at most M−1 directions, and one replica shows none (`inverse_hvp` is then the identity).
+
+    Two kinds of spectrum are offered, under different names. `singular_values` are those of G, the paper's; they
+    scale with how far apart the replicas stand. `eigenvalues` are Rayleigh–Ritz values of the Hessian: signed and
+    free of that scale.
+
+    The object keeps its inputs as differences (a copy of 2·M·N elements), so later changes of w_m or g_m do not
+    reach it. All M×M work is done in fp64. Displacements below the rounding of w_m are lost before they arrive
+    here: pass displacements themselves as W (any common shift of the rows cancels) rather than parameters in low
+    precision.
+
+    Args:
+        W: `(M, N)` parameters or displacements, one row a replica; any float dtype, any device.
+        G: `(M, N)` gradients at those parameters; same shape and device.
+        rtol: directions with `σ_i ≤ rtol·σ_max` are dropped, all of them if the replicas stand at one point.
+        damping: λ ≥ 0 in units of Hessian eigenvalues: the secants become `G + λ W = (H + λ I) W`, and singular
+            vectors, `inverse_hvp` and `hvp` belong to `H + λ I`. Eigenvalues stay those of H.
+
+    Raises:
+        TypeError: if W or G is not a dense real floating-point tensor.
+        ValueError: if shapes or devices differ or are not `(M, N)`; if an element is not finite; if `rtol` is not
+            in [0, 1) or `damping` is negative or not finite.
+
+    Source:
+        Arnold and Wang (2017), arXiv 1709.05069, section 2.
+    """
+
+    def __init__(self, W: Tensor, G: Tensor, *, rtol: float = DEFAULT_RTOL, damping: float = 0.0) -> None:
+        check_rows("W", W)
+        check_rows("G", G)
+        if W.shape != G.shape or W.device != G.device:
+            raise ValueError(
+                f"W and G must agree in shape and device; got {tuple(W.shape)} on {W.device} "
+                f"and {tuple(G.shape)} on {G.device}"
+            )
+        if not 0.0 <= rtol < 1.0:
+            raise ValueError(f"{rtol=} must be in [0, 1)")
+        if not 0.0 <= damping < float("inf"):
+            raise ValueError(f"{damping=} must be finite and >= 0")
+        self.rtol = rtol
+        self.damping = damping
+        self.replicas = W.shape[0]
+
+        # Differences to the first replica are exact for replicas that stand close together, which centring about
+        # a rounded mean is not; all weights below sum to zero over the replicas, so both give the same results.
+        M, N = W.shape
+        self._rows = torch.empty(2 * M, N, dtype=working_dtype(W, G), device=W.device)
+        for rows, target in ((W, self._rows[:M]), (G, self._rows[M:])):
+            rows = rows.detach().to(target.dtype)
+            torch.sub(rows, rows[0], out=target)
+        if not bool(torch.isfinite(self._rows.sum())):
+            check_finite("W", W)
+            check_finite("G", G)
+            check_finite("W and G, as differences between replicas,", self._rows)
+
+    @cached_property
+    def _gradient_gram(self) -> Tensor:
+        """Inner products of the rows of G with each other, `(M, M)` in fp64."""
+        G = self._rows[self.replicas :]
+        return inner_products(G, G)
+
+    @cached_property
+    def _displacement_products(self) -> tuple[Tensor, Tensor]:
+        """Inner products of the rows of W with those of W and of G, `(M, M)` each, in fp64."""
+        products = inner_products(self._rows[: self.replicas], self._rows)
+        return products[:, : self.replicas], products[:, self.replicas :]
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor]:
+        """Right singular vectors V, `(M, rank)`, and singular values, `(rank,)`, of the (damped) G."""
+        basis = differences_basis(self.replicas)
+        if not bool(self._rows[: self.replicas].any()):
+            return basis[:, :0], basis.new_empty(0)
+        gram = self._gradient_gram
+        if self.damping:
+            WW, WG = self._displacement_products
+            gram = gram + self.damping * (WG + WG.T) + self.damping**2 * WW
+        squares, V = torch.linalg.eigh(basis.T @ gram @ basis)
+        squares, V = squares.flip(0), basis @ V.flip(1)
+        kept = squares > max(self.rtol**2 * float(squares[0]), 0.0)
+        return V[:, kept], squares[kept].sqrt()
+
+    @property
+    def rank(self) -> int:
+        """Number of directions in which G differs between replicas, at most M−1."""
+        return self._svd[1].numel()
+
+    @property
+    def singular_values(self) -> Tensor:
+        """Singular values σ of the centred G, `(rank,)` fp64 on the CPU, descending; they scale with the spread."""
+        return self._svd[1].clone()
+
+    @property
+    def left_singular_vectors(self) -> Tensor:
+        """The `u_i = G v_i / σ_i` as rows, `(rank, N)`, orthonormal."""
+        V, sigma = self._svd
+        coefficients = (V / sigma).T
+        return self._combine(self.damping * coefficients, coefficients)
+
+    def step_coefficients(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights α, β with `Ĥ⁻¹ z = z + Σ_m α_m G_m + β_m W_m`, so that no N×rank matrix is needed.
+
+        `α = −V Σ⁻² Vᵀ G z` and `β = (λ − 1) α` with the damping λ. Both sum to zero over the replicas, so the
+        raw parameters and gradients serve as well as the centred ones.
+
+        Args:
+            z: `(N,)` or `(k, N)` vectors.
+
+        Returns:
+            α and β, `(M,)` or `(k, M)`, fp64 on the CPU.
+
+        Raises:
+            ValueError: if the last dimension of `z` is not N, or z is not one- or two-dimensional.
+        """
+        V, sigma = self._svd
+        alpha = -((self._dots(z) @ V) / sigma**2) @ V.T
+        return alpha, (self.damping - 1.0) * alpha
+
+    def inverse_hvp(self, z: Tensor) -> Tensor:
+        """Inverse-Hessian product `Ĥ⁻¹ z = z_⊥ + Σ_i (u_iᵀ z) W v_i / σ_i`.
+
+        Args:
+            z: `(N,)` or `(k, N)` vectors.
+
+        Returns:
+            The product, of the shape of `z`, in fp32 (fp64 if W, G or z is).
+        """
+        alpha, beta = self.step_coefficients(z)
+        change = self._combine(beta, alpha)
+        return change.to(working_dtype(change, z)).add_(z)
+
+    def hvp(self, z: Tensor) -> Tensor:
+        """Hessian product `Ĥ z`, the inverse of `inverse_hvp`: `Ĥ z = z − (P − U)(Uᵀ P)⁻¹ Uᵀ z`.
+
+        `P = W V Σ⁻¹`, so that `Ĥ P = U`. Where `Uᵀ P` is singular its pseudo-inverse is taken.
+
+        Args:
+            z: `(N,)` or `(k, N)` vectors.
+
+        Returns:
+            The product, of the shape of `z`, in fp32 (fp64 if W, G or z is).
+        """
+        V, sigma = self._svd
+        scaled = V / sigma
+        WW, WG = self._displacement_products
+        core = scaled.T @ (WG.T + self.damping * WW) @ scaled
+        weights = (self._dots(z) @ scaled) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled.T
+        change = self._combine((self.damping - 1.0) * weights, weights)
+        return change.to(working_dtype(change, z)).add_(z)
+
+    @cached_property
+    def ritz_pairs(self) -> RitzPairs:
+        """The eigenpairs as Rayleigh–Ritz values, M-sized coefficients and residuals."""
+        return rayleigh_ritz(*self._displacement_products, self._gradient_gram, rtol=self.rtol)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Hessian eigenvalues θ on the span of the displacements, fp64 on the CPU, signed, by |θ| descending.
+
+        There are as many as W has independent rows: `rank` of them, and zeros besides where G shows no curvature.
+        """
+        return self.ritz_pairs.values.clone()
+
+    @property
+    def eigenvectors(self) -> Tensor:
+        """Hessian eigenvectors as orthonormal rows, `(len(eigenvalues), N)`, with fixed signs."""
+        coefficients = self.ritz_pairs.coefficients.T
+        return self._combine(coefficients, torch.zeros_like(coefficients))
+
+    @property
+    def residuals(self) -> Tensor:
+        """Residuals `‖H x_i − θ_i x_i‖` of the eigenpairs, fp64 on the CPU, in units of the Hessian."""
+        return self.ritz_pairs.residuals.clone()
+
+    @property
+    def paper_learning_rate(self) -> float:
+        """The paper's `1/σ_max(G)`; infinite when no curvature was seen.
+
+        σ_max(G) is the response to the displacements as they are: replicas twice as far apart give half this
+        rate. It is offered for comparison; `learning_rate` is the quantity that LeCun et al. (1993) mean.
+        """
+        return _reciprocal_of_largest(self._svd[1])
+
+    @property
+    def learning_rate(self) -> float:
+        """LeCun's optimal rate `1/max|θ|`, in units of the Hessian's inverse; infinite when no curvature was seen."""
+        return _reciprocal_of_largest(self.ritz_pairs.values)
+
+    def _dots(self, z: Tensor) -> Tensor:
+        """Inner products of z with the rows of the (damped) G, `(M,)` or `(k, M)` in fp64."""
+        M, N = self.replicas, self._rows.shape[1]
+        if z.dim() not in (1, 2) or z.shape[-1] != N:
+            raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
+        vectors = z.detach().reshape(-1, N)
+        dots = inner_products(vectors, self._rows[M:])
+        if self.damping:
+            dots += self.damping * inner_products(vectors, self._rows[:M])
+        return dots.reshape(*z.shape[:-1], M)
+
+    def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
+        """`Σ_m on_W[m] W_m + on_G[m] G_m` for weights `(M,)` or `(k, M)`."""
+        return torch.cat((on_W, on_G), dim=-1).to(self._rows) @ self._rows
+
+
+def _reciprocal_of_largest(values: Tensor) -> float:
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return 1.0 / largest if largest > 0.0 else float("inf")
