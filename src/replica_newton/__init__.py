@@ -1,1 +1,17 @@
 """Second-order training for PyTorch from the differences between data-parallel replicas."""
+
+from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_free_inverse_hvp
+from replica_newton.optim import ReplicaNewton
+from replica_newton.spread import LocalStep, RandomDirections
+from replica_newton.topology import Simulated
+
+__all__ = [
+    "LocalStep",
+    "RandomDirections",
+    "ReplicaNewton",
+    "SecantCurvature",
+    "Simulated",
+    "exact_newton_step",
+    "saddle_free_inverse_hvp",
+]
+__version__ = "0.1.0"

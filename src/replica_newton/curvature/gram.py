@@ -8,10 +8,28 @@ from torch import Tensor
 CHUNK = 1 << 14
 """Columns converted to fp64 at a time: 128 KiB a row, so that the temporary of 2 x 8 rows stays in the cache."""
 
+RESOLUTION = 1e-7
+"""Lengths below this fraction of the longest row are rounding in an fp64 Gram matrix (√ε = 1.5e-8, with a margin)."""
+
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """Dtype of N-sized results: fp64 if any input is fp64, else fp32 (half precision holds no differences)."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Check that `tensor` is a dense real floating-point tensor.
+
+    Args:
+        name: what the error calls it.
+        tensor: the tensor to check.
+
+    Raises:
+        TypeError: if it is not one.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        got = f"{tensor.layout}, {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a dense real floating-point tensor, got {got}")
 
 
 def check_rows(name: str, rows: Tensor) -> None:
@@ -22,12 +40,9 @@ def check_rows(name: str, rows: Tensor) -> None:
         rows: the matrix to check.
 
     Raises:
-        TypeError: if it is not a dense real floating-point tensor.
         ValueError: if it is not two-dimensional or is empty.
     """
-    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.layout != torch.strided:
-        got = f"{rows.layout}, {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"{name} must be a dense real floating-point tensor, got {got}")
+    check_floating(name, rows)
     if rows.dim() != 2 or rows.numel() == 0:
         raise ValueError(f"{name} must have shape (M, N), one row a replica, M, N >= 1; got {tuple(rows.shape)}")
 
@@ -42,10 +57,11 @@ def check_finite(name: str, rows: Tensor) -> None:
     Raises:
         ValueError: naming the first replica whose row holds nan or inf.
     """
-    finite = torch.isfinite(rows).all(dim=1)
+    finite_elements = torch.isfinite(rows)
+    finite = finite_elements.all(dim=1)
     if not bool(finite.all()):
         replica = int((~finite).nonzero()[0])
-        bad = rows[replica][~torch.isfinite(rows[replica])]
+        bad = rows[replica].detach()[~finite_elements[replica]]
         raise ValueError(f"{name} must be finite; replica {replica} holds {float(bad[0])} ({bad.numel()} elements)")
 
 
@@ -69,6 +85,22 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     return total.cpu()
 
 
+def resolved(squares: Tensor, *, rtol: float, scale: float) -> Tensor:
+    """Which squared lengths, eigenvalues of a Gram matrix, are more than rounding.
+
+    Args:
+        squares: `(n,)` eigenvalues of the Gram matrix.
+        rtol: lengths up to `rtol` times the longest are not resolved.
+        scale: largest squared length of the rows that the Gram matrix was summed from; lengths up to `RESOLUTION`
+            times its root are not resolved either.
+
+    Returns:
+        `(n,)` mask.
+    """
+    largest = float(squares.max()) if squares.numel() else 0.0
+    return squares > max(rtol**2 * largest, RESOLUTION**2 * scale)
+
+
 @cache
 def differences_basis(replicas: int) -> Tensor:
     """Orthonormal basis of the M-vectors that sum to zero (Helmert contrasts).
@@ -81,9 +113,10 @@ def differences_basis(replicas: int) -> Tensor:
         replicas: M >= 1.
 
     Returns:
-        `(M, M−1)` in fp64, columns orthonormal and orthogonal to the vector of ones. It is shared: do not write to it.
+        `(M, M−1)` in fp64 on the CPU, columns orthonormal and orthogonal to the vector of ones. It is shared:
+        do not write to it.
     """
-    k = torch.arange(1, replicas, dtype=torch.float64)
-    contrasts = torch.ones(replicas, max(replicas - 1, 0), dtype=torch.float64).triu()
+    k = torch.arange(1, replicas, dtype=torch.float64, device="cpu")
+    contrasts = torch.ones(replicas, max(replicas - 1, 0), dtype=torch.float64, device="cpu").triu()
     contrasts[1:].diagonal().copy_(-k)
     return contrasts / (k * (k + 1)).sqrt()

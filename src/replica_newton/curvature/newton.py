@@ -32,21 +32,30 @@ def saddle_free_inverse_hvp(
         The product, of the shape of `z`, in the dtype of `eigenvectors`.
 
     Raises:
-        ValueError: if `damping` or `bulk_rate` is negative.
+        ValueError: if `damping` or `bulk_rate` is negative or not finite, if `rtol` is not in [0, 1), or if the shapes
+            do not fit.
 
     Source:
         Dauphin et al. (2014), arXiv 1406.2572.
     """
-    if damping < 0.0:
-        raise ValueError(f"{damping=} must be >= 0")
-    if bulk_rate < 0.0:
-        raise ValueError(f"{bulk_rate=} must be >= 0")
+    if not 0.0 <= damping < float("inf"):
+        raise ValueError(f"{damping=} must be finite and >= 0")
+    if not 0.0 <= bulk_rate < float("inf"):
+        raise ValueError(f"{bulk_rate=} must be finite and >= 0")
+    if not 0.0 <= rtol < 1.0:
+        raise ValueError(f"{rtol=} must be in [0, 1)")
+    if eigenvectors.dim() != 2 or eigenvalues.shape != eigenvectors.shape[:1] or z.shape[-1:] != eigenvectors.shape[1:]:
+        raise ValueError(
+            "eigenvalues must be (order,), eigenvectors (order, N) and z (N,) or (k, N); got "
+            f"{tuple(eigenvalues.shape)}, {tuple(eigenvectors.shape)} and {tuple(z.shape)}"
+        )
     z = z.to(eigenvectors.dtype)
     curvatures: Tensor = (eigenvalues.abs() + damping).to(eigenvectors)
-    curved = curvatures > rtol * curvatures.max() if curvatures.numel() else curvatures > 0
+    curved = ~(curvatures <= rtol * curvatures.max()) if curvatures.numel() else curvatures > 0
     curvatures, eigenvectors = curvatures[curved], eigenvectors[curved]
-    change: Tensor = (z @ eigenvectors.T) * (curvatures.reciprocal() - bulk_rate)
-    return torch.add(change @ eigenvectors, z, alpha=bulk_rate)
+    with torch.autocast(z.device.type, enabled=False):
+        change: Tensor = (z @ eigenvectors.T) * (curvatures.reciprocal() - bulk_rate)
+        return torch.add(change @ eigenvectors, z, alpha=bulk_rate)
 
 
 def exact_newton_step(hessian: Tensor, gradient: Tensor) -> Tensor:
@@ -60,16 +69,23 @@ def exact_newton_step(hessian: Tensor, gradient: Tensor) -> Tensor:
         `(N,)` step d; the update is `w ← w − α d`.
 
     Raises:
-        ValueError: if the shapes do not fit or the Hessian is singular.
+        ValueError: if the shapes do not fit, or the Hessian is not finite or is singular to working precision: its
+            smallest pivot is at most N·ε times the largest.
 
     Source:
         Arnold and Wang (2017), arXiv 1709.05069, equation 1.
     """
-    if gradient.dim() != 1 or hessian.shape != (gradient.numel(), gradient.numel()):
+    if gradient.dim() != 1 or gradient.numel() == 0 or hessian.shape != (gradient.numel(), gradient.numel()):
         raise ValueError(
-            f"hessian must be (N, N) and gradient (N,); got {tuple(hessian.shape)} and {tuple(gradient.shape)}"
+            f"hessian must be (N, N) and gradient (N,), N >= 1; got {tuple(hessian.shape)} and {tuple(gradient.shape)}"
         )
-    step, info = torch.linalg.solve_ex(hessian, gradient)
-    if int(info) != 0:
-        raise ValueError("hessian must be non-singular: an exact Newton step does not exist")
+    lu = torch.linalg.lu_factor_ex(hessian)
+    pivots = lu.LU.detach().diagonal().abs()
+    smallest, largest = float(pivots.min()), float(pivots.max())
+    if not smallest > gradient.numel() * torch.finfo(hessian.dtype).eps * largest:
+        raise ValueError(
+            "hessian must be finite and non-singular, or an exact Newton step does not exist; its pivots have "
+            f"magnitudes from {smallest:.3g} to {largest:.3g}"
+        )
+    step: Tensor = torch.linalg.lu_solve(lu.LU, lu.pivots, gradient.unsqueeze(-1)).squeeze(-1)
     return step

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import differences_basis
+from replica_newton.curvature.gram import differences_basis, resolved
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def rayleigh_ritz(WW: Tensor, WG: Tensor, GG: Tensor, *, rtol: float) -> RitzPai
         WW: `(M, M)` fp64 Gram matrix of the centred displacements, entries `W_mᵀ W_n`.
         WG: `(M, M)` fp64 cross products of displacements and centred gradients, entries `W_mᵀ G_n`.
         GG: `(M, M)` fp64 Gram matrix of the centred gradients.
-        rtol: displacement directions shorter than `rtol` times the longest are dropped.
+        rtol: displacement directions shorter than `rtol` times the longest are dropped, as are those too short for
+            an fp64 Gram matrix to resolve (1e-7 of the longest).
 
     Returns:
         At most M−1 pairs; none when the replicas stand at one point.
@@ -47,7 +48,7 @@ def rayleigh_ritz(WW: Tensor, WG: Tensor, GG: Tensor, *, rtol: float) -> RitzPai
     """
     basis = differences_basis(WW.shape[0])
     lengths, directions = torch.linalg.eigh(basis.T @ WW @ basis)
-    kept = lengths > max(rtol**2 * float(lengths.amax()), 0.0) if lengths.numel() else lengths > 0
+    kept = resolved(lengths, rtol=rtol, scale=float(WW.diagonal().max()))
     span = basis @ (directions[:, kept] / lengths[kept].sqrt())
 
     projected = span.T @ WG @ span

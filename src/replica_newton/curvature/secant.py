@@ -7,9 +7,11 @@ from torch import Tensor
 
 from replica_newton.curvature.gram import (
     check_finite,
+    check_floating,
     check_rows,
     differences_basis,
     inner_products,
+    resolved,
     working_dtype,
 )
 from replica_newton.curvature.ritz import RitzPairs, rayleigh_ritz
@@ -42,7 +44,9 @@ class SecantCurvature:
     Args:
         W: `(M, N)` parameters or displacements, one row a replica; any float dtype, any device.
         G: `(M, N)` gradients at those parameters; same shape and device.
-        rtol: directions with `σ_i ≤ rtol·σ_max` are dropped, all of them if the replicas stand at one point.
+        rtol: directions with `σ_i ≤ rtol·σ_max` are dropped, all of them if the replicas stand at one point. So are
+            those that rounding of the fp64 Gram matrix hides: below 1e-7 of the longest row, or of its damped parts
+            where `G + λ W` cancels.
         damping: λ ≥ 0 in units of Hessian eigenvalues: the secants become `G + λ W = (H + λ I) W`, and singular
             vectors, `inverse_hvp` and `hvp` belong to `H + λ I`. Eigenvalues stay those of H.
 
@@ -81,7 +85,8 @@ class SecantCurvature:
         if not bool(torch.isfinite(self._rows.sum())):
             check_finite("W", W)
             check_finite("G", G)
-            check_finite("W and G, as differences between replicas,", self._rows)
+            check_finite("differences between replicas in W", self._rows[:M])
+            check_finite("differences between replicas in G", self._rows[M:])
 
     @cached_property
     def _gradient_gram(self) -> Tensor:
@@ -102,22 +107,27 @@ class SecantCurvature:
         if not bool(self._rows[: self.replicas].any()):
             return basis[:, :0], basis.new_empty(0)
         gram = self._gradient_gram
+        scale = float(gram.diagonal().max())
         if self.damping:
             WW, WG = self._displacement_products
+            scale += self.damping**2 * float(WW.diagonal().max())
             gram = gram + self.damping * (WG + WG.T) + self.damping**2 * WW
         squares, V = torch.linalg.eigh(basis.T @ gram @ basis)
         squares, V = squares.flip(0), basis @ V.flip(1)
-        kept = squares > max(self.rtol**2 * float(squares[0]), 0.0)
+        kept = resolved(squares, rtol=self.rtol, scale=scale)
         return V[:, kept], squares[kept].sqrt()
 
     @property
     def rank(self) -> int:
-        """Number of directions in which G differs between replicas, at most M−1."""
+        """Number of directions in which the (damped) G differs between replicas, at most M−1; 0 if W does not."""
         return self._svd[1].numel()
 
     @property
     def singular_values(self) -> Tensor:
-        """Singular values σ of the centred G, `(rank,)` fp64 on the CPU, descending; they scale with the spread."""
+        """Singular values σ of the centred (damped) G, `(rank,)` fp64 on the CPU, descending.
+
+        They scale with the spread.
+        """
         return self._svd[1].clone()
 
     @property
@@ -140,6 +150,7 @@ class SecantCurvature:
             α and β, `(M,)` or `(k, M)`, fp64 on the CPU.
 
         Raises:
+            TypeError: if `z` is not a dense real floating-point tensor.
             ValueError: if the last dimension of `z` is not N, or z is not one- or two-dimensional.
         """
         V, sigma = self._svd
@@ -157,7 +168,7 @@ class SecantCurvature:
         """
         alpha, beta = self.step_coefficients(z)
         change = self._combine(beta, alpha)
-        return change.to(working_dtype(change, z)).add_(z)
+        return change.to(working_dtype(change, z)).add_(z.detach())
 
     def hvp(self, z: Tensor) -> Tensor:
         """Hessian product `Ĥ z`, the inverse of `inverse_hvp`: `Ĥ z = z − (P − U)(Uᵀ P)⁻¹ Uᵀ z`.
@@ -176,7 +187,7 @@ class SecantCurvature:
         core = scaled.T @ (WG.T + self.damping * WW) @ scaled
         weights = (self._dots(z) @ scaled) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled.T
         change = self._combine((self.damping - 1.0) * weights, weights)
-        return change.to(working_dtype(change, z)).add_(z)
+        return change.to(working_dtype(change, z)).add_(z.detach())
 
     @cached_property
     def ritz_pairs(self) -> RitzPairs:
@@ -187,7 +198,8 @@ class SecantCurvature:
     def eigenvalues(self) -> Tensor:
         """Hessian eigenvalues θ on the span of the displacements, fp64 on the CPU, signed, by |θ| descending.
 
-        There are as many as W has independent rows: `rank` of them, and zeros besides where G shows no curvature.
+        There are as many as centred W has independent rows. Zeros among them mean `xᵀHx = 0`, not `H x = 0`: along a
+        direction of an indefinite Hessian θ can vanish while the residual does not.
         """
         return self.ritz_pairs.values.clone()
 
@@ -213,12 +225,13 @@ class SecantCurvature:
 
     @property
     def learning_rate(self) -> float:
-        """LeCun's optimal rate `1/max|θ|`, in units of the Hessian's inverse; infinite when no curvature was seen."""
+        """LeCun's optimal rate `1/max|θ|`, in units of the Hessian's inverse; infinite when no θ differs from zero."""
         return _reciprocal_of_largest(self.ritz_pairs.values)
 
     def _dots(self, z: Tensor) -> Tensor:
         """Inner products of z with the rows of the (damped) G, `(M,)` or `(k, M)` in fp64."""
         M, N = self.replicas, self._rows.shape[1]
+        check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
         vectors = z.detach().reshape(-1, N)
@@ -229,7 +242,8 @@ class SecantCurvature:
 
     def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
         """`Σ_m on_W[m] W_m + on_G[m] G_m` for weights `(M,)` or `(k, M)`."""
-        return torch.cat((on_W, on_G), dim=-1).to(self._rows) @ self._rows
+        with torch.autocast(self._rows.device.type, enabled=False):
+            return torch.cat((on_W, on_G), dim=-1).to(self._rows) @ self._rows
 
 
 def _reciprocal_of_largest(values: Tensor) -> float:

@@ -1,0 +1,5 @@
+"""Optimizers: one spread, one topology and the curvature algebra, assembled into a `torch.optim` optimizer."""
+
+from replica_newton.optim.replica_newton import ReplicaNewton
+
+__all__ = ["ReplicaNewton"]

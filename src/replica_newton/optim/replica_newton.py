@@ -1,0 +1,269 @@
+"""ReplicaNewton: a `torch.optim` optimizer whose curvature comes from replicas at different parameters."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
+from replica_newton.curvature.gram import working_dtype
+from replica_newton.curvature.secant import DEFAULT_RTOL
+from replica_newton.spread import LocalStep, Spread
+from replica_newton.topology import ReplicaClosure, Simulated
+from replica_newton.topology.simulated import Data
+
+logger = logging.getLogger(__name__)
+
+Rule = Literal["paper", "saddle-free"]
+
+
+class ReplicaNewton(Optimizer):
+    """Newton steps on the curvature that M data-parallel replicas see.
+
+    The replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard of the batch;
+    `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and all
+    replicas take the common step
+
+        w ← w − lr · Ĥ⁻¹ ḡ        (rule "paper"),
+        w ← w − lr · |Ĥ|⁻¹ ḡ      (rule "saddle-free": |θ| of the Rayleigh-Ritz pairs in place of σ).
+
+    The spread then says where they part to: with `LocalStep` each adds its own local step to the common one, at no
+    extra gradient evaluation. Along directions that the replicas do not span, the step is that of SGD at rate lr.
+
+    A step that does not descend (`dᵀḡ ≤ 0`, which happens when the secants see negative curvature or mere noise)
+    is replaced by the SGD step and counted in `fallbacks`. So is the first step, before the replicas have parted,
+    and every step of a single replica, neither of which is counted.
+
+    With secants on own shards, gradients differ by data as well as by parameters; with the small displacements of
+    local steps the data win, and G is mostly sampling noise. `secant_data="common"` has every replica evaluate a
+    second gradient, on one common shard, for the secants alone: two gradients a sample in place of one.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: α > 0, the rate of the step; a float or a tensor of one element; may differ by group.
+        rule: which inverse the step uses.
+        topology: where the replicas live. `Simulated(1)` has no curvature: plain SGD.
+        spread: where the replicas stand for the next step.
+        secant_data: gradients that the secants compare: those of own shards, or of one common shard.
+        damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
+        rtol: relative cut-off of the secants' directions, in [0, 1).
+        maximize: ascend instead of descend.
+
+    Attributes:
+        curvature: `SecantCurvature` of the last step, None where there was none.
+        fallbacks: steps that were replaced by the SGD step because they did not descend.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Source:
+        Arnold and Wang (2017), arXiv 1709.05069; Dauphin et al. (2014), arXiv 1406.2572, for "saddle-free".
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        *,
+        rule: Rule = "paper",
+        topology: Simulated | None = None,
+        spread: Spread | None = None,
+        secant_data: Data = "own",
+        damping: float = 0.0,
+        rtol: float = DEFAULT_RTOL,
+        maximize: bool = False,
+    ) -> None:
+        if not 0.0 <= float(lr) < float("inf"):
+            raise ValueError(f"{lr=} must be finite and >= 0")
+        if rule not in get_args(Rule):
+            raise ValueError(f"{rule=} must be one of {', '.join(get_args(Rule))}")
+        if secant_data not in get_args(Data):
+            raise ValueError(f"{secant_data=} must be one of {', '.join(get_args(Data))}")
+        if not 0.0 <= damping < float("inf"):
+            raise ValueError(f"{damping=} must be finite and >= 0")
+        if not 0.0 <= rtol < 1.0:
+            raise ValueError(f"{rtol=} must be in [0, 1)")
+        self.rule = rule
+        self.topology = Simulated(1) if topology is None else topology
+        self.spread = LocalStep() if spread is None else spread
+        self.secant_data = secant_data
+        self.damping = damping
+        self.rtol = rtol
+        self.curvature: SecantCurvature | None = None
+        self.fallbacks = 0
+        super().__init__(params, {"lr": lr, "maximize": maximize})
+        if self.topology.replicas == 1:
+            logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "fallbacks")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: `{"params": ..., "lr": ..., "maximize": ...}`; what is missing has its default.
+
+        Raises:
+            ValueError: if a parameter is complex or sparse or a rate is negative.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not 0.0 <= float(group["lr"]) < float("inf"):
+            raise ValueError(f"lr={group['lr']} must be finite and >= 0")
+        for parameter in group["params"]:
+            if parameter.layout != torch.strided or not parameter.is_floating_point():
+                raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
+
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: ReplicaClosure) -> Tensor: ...
+
+    @torch.no_grad()
+    def step(self, closure: ReplicaClosure | None = None) -> Tensor | None:
+        """Take one step.
+
+        Args:
+            closure: made by `topology.closure(module, criterion, inputs, targets)`: it evaluates the replicas. None
+                takes the SGD step with the gradients at hand; the replicas keep their displacements.
+
+        Returns:
+            The loss, mean over replicas; None without a closure.
+
+        Raises:
+            TypeError: if the closure cannot evaluate replicas.
+            ValueError: if a gradient is sparse, or the closure's topology has another number of replicas.
+            FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step.
+        """
+        if closure is None:
+            self._step_on_given_gradients()
+            return None
+        if not isinstance(closure, ReplicaClosure):
+            raise TypeError(
+                f"closure must come from topology.closure(module, criterion, inputs, targets), got {_name(closure)}"
+            )
+
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        W = self._displacements(parameters)
+        points = W + torch.cat([p.flatten() for p in parameters]).to(W.dtype)
+        losses, gradients = closure.gradients(parameters, points)
+        if len(gradients) != len(W):
+            raise ValueError(f"closure evaluates {len(gradients)} replicas, the optimizer's topology has {len(W)}")
+        gradients = gradients.to(W.dtype)
+        finite = torch.isfinite(losses) & torch.isfinite(gradients.sum(dim=1))
+        if not bool(finite.all()):
+            replica = int((~finite).nonzero()[0])
+            raise FloatingPointError(
+                f"loss or gradient of replica {replica} is not finite (loss {float(losses[replica])})"
+            )
+
+        mean_gradient = gradients.mean(dim=0)
+        self.curvature = self._observe(closure, parameters, points, W, gradients)
+        direction = self._direction(mean_gradient)
+        rates = self._rates(parameters)
+        self._move(parameters, direction * -rates)
+        step = self.state[parameters[0]].get("step", 0)
+        self._part(parameters, self.spread.displacements(gradients, rates, step), step + 1)
+        return losses.mean()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; displacements keep their precision where parameters have less.
+
+        A state of another number of replicas is accepted: they part anew, after one SGD step.
+
+        Args:
+            state_dict: what `state_dict()` of this class returned.
+        """
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            saved = state_dict["state"].get(index, {})
+            if "displacements" in saved:
+                self.state[parameter]["displacements"] = saved["displacements"].to(parameter.device, copy=True)
+
+    def _observe(
+        self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
+    ) -> SecantCurvature | None:
+        """Secants of this step; None before the replicas have parted."""
+        if not bool(W.any()):
+            return None
+        if self.secant_data == "common":
+            gradients = closure.gradients(parameters, points, data="common").gradients
+        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping)
+
+    def _direction(self, mean_gradient: Tensor) -> Tensor:
+        """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
+        curvature = self.curvature
+        if curvature is None:
+            return mean_gradient
+        if self.rule == "paper":
+            direction = curvature.inverse_hvp(mean_gradient)
+        else:
+            direction = saddle_free_inverse_hvp(
+                curvature.eigenvalues, curvature.eigenvectors, mean_gradient, damping=self.damping, rtol=self.rtol
+            )
+        if float(direction @ mean_gradient) > 0.0:
+            return direction
+        self.fallbacks += 1
+        return mean_gradient
+
+    def _displacements(self, parameters: list[Tensor]) -> Tensor:
+        """Rows d_m, `(M, N)`; zero as long as the replicas have not parted."""
+        M = self.topology.replicas
+        dtype = working_dtype(*parameters)
+        pieces = []
+        for parameter in parameters:
+            rows = self.state[parameter].get("displacements")
+            if rows is None or len(rows) != M:
+                rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
+            pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
+        return torch.cat(pieces, dim=1).to(dtype)
+
+    def _part(self, parameters: list[Tensor], displacements: Tensor, step: int) -> None:
+        """Keep the new displacements, by parameter, so that checkpoints follow the parameters."""
+        pieces = torch.split(displacements, [p.numel() for p in parameters], dim=1)
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            self.state[parameter] |= {"displacements": piece.reshape(-1, *parameter.shape), "step": step}
+
+    def _rates(self, parameters: list[Tensor]) -> Tensor | float:
+        """Signed rates: one number, or `(N,)` where groups differ."""
+        by_group = [float(group["lr"]) * (-1 if group["maximize"] else 1) for group in self.param_groups]
+        if len(set(by_group)) == 1:
+            return by_group[0]
+        return torch.cat(
+            [
+                torch.full((p.numel(),), rate, dtype=working_dtype(*parameters), device=p.device)
+                for rate, group in zip(by_group, self.param_groups, strict=True)
+                for p in group["params"]
+                if p.requires_grad
+            ]
+        )
+
+    @staticmethod
+    def _move(parameters: list[Tensor], change: Tensor) -> None:
+        """`w ← w + change`."""
+        pieces = torch.split(change, [p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.add_(piece.reshape(parameter.shape))
+
+    def _step_on_given_gradients(self) -> None:
+        """SGD step on what is in `.grad`; parameters without gradient stay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise ValueError("sparse gradients are not supported")
+                sign = 1 if group["maximize"] else -1
+                parameter.add_(parameter.grad, alpha=sign * float(group["lr"]))
+
+
+def _name(closure: Callable[[], object]) -> str:
+    return getattr(closure, "__qualname__", type(closure).__qualname__)

@@ -1,0 +1,21 @@
+"""Writing a file so that a reader never meets half of it."""
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write of a whole file: first to a temporary file beside it, which then takes its place.
+
+    Args:
+        path: File to write; its folder is created when it is missing.
+        content: Everything the file will hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because only a rename within one file system is atomic.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""Spreads: where the replicas stand apart from the parameters they share."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Spread(Protocol):
+    """Rule that places the replicas for the next step."""
+
+    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:
+        """Displacements of the replicas from the shared parameters.
+
+        Args:
+            gradients: `(M, N)`, of the step just taken, one row a replica.
+            rates: learning rate, one for all or `(N,)`.
+            step: number of the step just taken, from 0.
+
+        Returns:
+            `(M, N)`, rows that sum to zero.
+        """
+        ...
+
+
+class LocalStep:
+    """The paper's 1-step synchronous scheme: every replica takes a local SGD step, then all meet.
+
+    Local steps from a shared point w end at `w − rate·g_m`; apart from their mean, which the replicas' common
+    step replaces, the replicas stand at `d_m = −rate·(g_m − ḡ)`. They differ because their data differ.
+
+    Source:
+        Arnold and Wang (2017), arXiv 1709.05069, section 3.
+    """
+
+    def __repr__(self) -> str:
+        return "LocalStep()"
+
+    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:  # noqa: ARG002
+        """`d_m = −rate·(g_m − ḡ)`, `(M, N)`; the number of the step does not matter."""
+        return (gradients - gradients.mean(dim=0)).mul_(-rates)
+
+
+class RandomDirections:
+    """Control: isotropic random displacements, as long as local steps would be, in directions that mean nothing.
+
+    Args:
+        seed: seed of the directions; they depend on it and on the number of the step alone.
+        radius: root mean square length of the displacements, in units of the parameters; None takes the length
+            of the local steps, so that a run differs from one with `LocalStep` by directions alone.
+
+    Raises:
+        ValueError: if `radius` is not positive and finite.
+    """
+
+    def __init__(self, seed: int = 0, *, radius: float | None = None) -> None:
+        if radius is not None and not 0.0 < radius < float("inf"):
+            raise ValueError(f"{radius=} must be positive and finite")
+        self.seed = seed
+        self.radius = radius
+
+    def __repr__(self) -> str:
+        return f"RandomDirections(seed={self.seed}, radius={self.radius})"
+
+    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:
+        """Centred Gaussian rows scaled to `radius`, `(M, N)`; see `Spread`."""
+        M = len(gradients)
+        # One generator on the CPU: the same directions on every device.
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        directions = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
+        directions -= directions.mean(dim=0)
+        if self.radius is None:
+            length = LocalStep().displacements(gradients, rates, step).norm()
+        else:
+            length = torch.tensor(self.radius * M**0.5)
+        return directions.mul_(length / directions.norm().clamp(min=torch.finfo(directions.dtype).tiny))

@@ -1,0 +1,244 @@
+"""M replicas of a module in one process, evaluated together."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+logger = logging.getLogger(__name__)
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Data = Literal["own", "common"]
+"""Which samples a replica evaluates: its own shard of the global batch, or the first shard, common to all."""
+
+
+class ReplicaGradients(NamedTuple):
+    """What M replicas compute: `losses`, `(M,)`, and `gradients`, `(M, N)`, one row a replica."""
+
+    losses: Tensor
+    gradients: Tensor
+
+
+class Simulated:
+    """M replicas of any module in one process, their gradients evaluated together.
+
+    The global batch is split into M equal shards, replica m holding the m-th. Gradients at M different parameter
+    vectors come from one batched pass (`torch.func.vmap` over stacked parameters); a module that cannot be batched
+    is evaluated replica by replica, with the same results to rounding.
+
+    Args:
+        replicas: M >= 1.
+        batched: True demands one batched pass (its error reaches the caller), False a loop, None tries the first
+            and falls back to the second, with a warning in the log.
+
+    Raises:
+        ValueError: if `replicas` is not a positive integer.
+    """
+
+    def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
+            raise ValueError(f"{replicas=} must be an integer >= 1")
+        self.replicas = replicas
+        self.batched = batched
+        self._unbatchable: WeakSet[nn.Module] = WeakSet()
+
+    def __repr__(self) -> str:
+        return f"Simulated({self.replicas})"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"replicas": self.replicas, "batched": self.batched}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _unbatchable=WeakSet())
+
+    def closure(
+        self, module: nn.Module, criterion: Criterion, inputs: Tensor | tuple[Tensor, ...], targets: Tensor
+    ) -> "ReplicaClosure":
+        """Closure over one global batch, for `optimizer.step`.
+
+        Args:
+            module: the model; its parameters are the point that the replicas share.
+            criterion: loss of `(module(*inputs), targets)`, a mean over samples, so that the mean over equal
+                shards is the loss of the batch.
+            inputs: batch first; a tuple is passed to the module as several arguments.
+            targets: batch first.
+
+        Returns:
+            A closure that any `torch.optim` optimizer takes, and that also evaluates the M replicas.
+
+        Raises:
+            ValueError: if M does not divide the number of samples or inputs and targets differ in it.
+        """
+        return ReplicaClosure(self, module, criterion, inputs if isinstance(inputs, tuple) else (inputs,), targets)
+
+    def evaluate(
+        self,
+        module: nn.Module,
+        loss: Callable[..., Tensor],
+        points: dict[str, Tensor],
+        samples: tuple[Tensor, ...],
+        *,
+        data: Data,
+    ) -> ReplicaGradients:
+        """Losses and gradients of M replicas at M points.
+
+        Every replica starts from the module's buffers (batch-norm statistics and the like). On own shards the
+        buffers then become the mean over replicas; on common data they stay, and all replicas draw the same random
+        numbers (dropout), so that gradients differ by parameters alone.
+
+        Args:
+            module: the model.
+            loss: scalar loss of `(state, *samples)`, where state maps names to parameters and buffers.
+            points: by parameter name, `(M, *shape)`.
+            samples: tensors `(M, samples/M, ...)`, of which every replica takes its row; `(samples/M, ...)` where
+                the data is common.
+            data: what `samples` holds.
+
+        Returns:
+            Losses `(M,)` and gradients `(M, N)`, parameters in the order of `points`.
+        """
+        buffers = {name: buffer.expand(self.replicas, *buffer.shape).clone() for name, buffer in module.named_buffers()}
+        losses, gradients, buffers = self._evaluate(module, loss, points, buffers, samples, data)
+        if data == "own":
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    rows = buffers[name]
+                    buffer.copy_(rows.mean(dim=0) if rows.is_floating_point() else rows[0])
+        return ReplicaGradients(losses, torch.cat([rows.flatten(start_dim=1) for rows in gradients], dim=1))
+
+    def _evaluate(
+        self,
+        module: nn.Module,
+        loss: Callable[..., Tensor],
+        points: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        samples: tuple[Tensor, ...],
+        data: Data,
+    ) -> tuple[Tensor, Sequence[Tensor], dict[str, Tensor]]:
+        if self.batched is not False and module not in self._unbatchable:
+            fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+            try:
+                return *_batched(loss, points, fresh, samples, data), fresh
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                if self.batched:
+                    raise
+                reason = str(error).partition("\n")[0]
+            result = *_looped(loss, points, buffers, samples, data), buffers
+            self._unbatchable.add(module)
+            logger.warning("%s cannot be batched, its replicas run in a loop (%s)", type(module).__name__, reason)
+            return result
+        return *_looped(loss, points, buffers, samples, data), buffers
+
+
+def _batched(
+    loss: Callable[..., Tensor],
+    points: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    samples: tuple[Tensor, ...],
+    data: Data,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """All replicas in one pass."""
+    own = data == "own"
+    evaluate = vmap(
+        grad_and_value(lambda parameters, buffers, *samples: loss(parameters | buffers, *samples)),
+        in_dims=(0, 0, *[0 if own else None] * len(samples)),
+        randomness="different" if own else "same",
+    )
+    gradients, losses = evaluate(points, buffers, *samples)
+    return losses, list(gradients.values())
+
+
+def _looped(
+    loss: Callable[..., Tensor],
+    points: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    samples: tuple[Tensor, ...],
+    data: Data,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """One replica after the other."""
+    own = data == "own"
+    replicas = len(next(iter(points.values())))
+    losses, gradients = [], []
+    for m in range(replicas):
+        parameters = {name: rows[m].detach().requires_grad_() for name, rows in points.items()}
+        state = parameters | {name: rows[m] for name, rows in buffers.items()}
+        shared_random_state = not own and m < replicas - 1
+        with torch.enable_grad(), torch.random.fork_rng(enabled=shared_random_state):
+            value = loss(state, *(rows[m] if own else rows for rows in samples))
+            gradients.append(torch.autograd.grad(value, list(parameters.values()), materialize_grads=True))
+        losses.append(value.detach())
+    return torch.stack(losses), [torch.stack(rows) for rows in zip(*gradients, strict=True)]
+
+
+class ReplicaClosure:
+    """One global batch, to be evaluated at the shared parameters or by M replicas at M points.
+
+    Made by `Simulated.closure`. Called without arguments it does what `torch.optim` expects of a closure: the
+    gradient of the whole batch at the module's parameters is left in `.grad` and the loss returned.
+
+    Attributes:
+        samples_evaluated: samples whose gradient has been computed so far, at whatever point.
+    """
+
+    def __init__(
+        self, topology: Simulated, module: nn.Module, criterion: Criterion, inputs: tuple[Tensor, ...], targets: Tensor
+    ) -> None:
+        sizes = {len(rows) for rows in (*inputs, targets)}
+        if len(sizes) != 1:
+            raise ValueError(f"inputs and targets must hold the same number of samples, got {sorted(sizes)}")
+        self._size = sizes.pop()
+        if self._size == 0 or self._size % topology.replicas:
+            raise ValueError(f"replicas={topology.replicas} must divide the batch of {self._size} samples")
+        self._topology = topology
+        self._module = module
+        self._criterion = criterion
+        self._samples = (*inputs, targets)
+        self.samples_evaluated = 0
+
+    def __call__(self) -> Tensor:
+        """Gradient of the whole batch at the module's parameters, left in `.grad`; returns the loss."""
+        self._module.zero_grad()
+        with torch.enable_grad():
+            *inputs, targets = self._samples
+            loss = self._criterion(self._module(*inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.samples_evaluated += self._size
+        return loss.detach()
+
+    def gradients(self, parameters: Sequence[Tensor], points: Tensor, *, data: Data = "own") -> ReplicaGradients:
+        """Losses and gradients of the M replicas at M points.
+
+        Args:
+            parameters: tensors of the module that vary; all others are as they stand in the module.
+            points: `(M, N)`, the values of `parameters`, flattened one after the other, for every replica.
+            data: "own": replica m on its own shard, M gradients of samples/M samples. "common": all on the first
+                shard, the same number of samples at M points.
+
+        Returns:
+            Losses `(M,)` and gradients `(M, N)`.
+
+        Raises:
+            ValueError: if a tensor is no parameter of the module.
+        """
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        if any(id(parameter) not in names for parameter in parameters):
+            raise ValueError("every parameter of the optimizer must belong to the module of the closure")
+        pieces = torch.split(points, [parameter.numel() for parameter in parameters], dim=1)
+        stacked = {
+            names[id(parameter)]: piece.reshape(-1, *parameter.shape).to(parameter.dtype)
+            for parameter, piece in zip(parameters, pieces, strict=True)
+        }
+        M = self._topology.replicas
+        shards = tuple(rows.reshape(M, -1, *rows.shape[1:]) for rows in self._samples)
+        self.samples_evaluated += self._size
+        return self._topology.evaluate(
+            self._module, self._loss, stacked, shards if data == "own" else tuple(rows[0] for rows in shards), data=data
+        )
+
+    def _loss(self, state: dict[str, Tensor], *samples: Tensor) -> Tensor:
+        *inputs, targets = samples
+        return self._criterion(functional_call(self._module, state, tuple(inputs)), targets)

@@ -1,0 +1,1 @@
+"""Training: data sets, the reference network, the loop, checkpoints and metrics."""
