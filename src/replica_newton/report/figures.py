@@ -17,8 +17,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from replica_newton.files import replace_file
 from replica_newton.report.colours import line_colours
-from replica_newton.report.files import replace_file
 from replica_newton.report.formats import format_count
 from replica_newton.report.summary import Series, Summary, group_runs
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from replica_newton.files import replace_file
 from replica_newton.report import formats
 from replica_newton.report.colours import line_colours
 from replica_newton.report.figures import convergence_figure, figure_svg
-from replica_newton.report.files import replace_file
 from replica_newton.report.summary import Summary, compare, group_runs, headline, method_name
 
 

@@ -16,7 +16,7 @@ _METHOD_NAMES = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "paper": 
 _SAME_PARAMETERS = {"sgd", "momentum", "adam"}
 
 
-class Spread(NamedTuple):
+class Range(NamedTuple):
     """Median, smallest and largest value over the seeds; infinite where a run diverged."""
 
     median: float
@@ -52,10 +52,10 @@ class Series:
     replicas: int
     learning_rate: float | None
     seeds: tuple[int, ...]
-    nll: tuple[Spread, ...]
+    nll: tuple[Range, ...]
     test_accuracy: tuple[float, ...]
     gradient_evaluations: tuple[float, ...]
-    final_nll: Spread
+    final_nll: Range
     final_test_accuracy: float
     final_gradient_evaluations: float
     final_seconds: float
@@ -83,7 +83,7 @@ class Series:
             return f"{label} (diverged)"
         return f"{label} ({self.diverged} of {len(self.seeds)} seeds diverged)" if self.diverged else label
 
-    def nll_at(self, epoch: int) -> Spread:
+    def nll_at(self, epoch: int) -> Range:
         """Training NLL over the seeds after an epoch.
 
         Args:
@@ -176,7 +176,7 @@ def headline(summary: Summary) -> str:
     standing = compare(series)
     if standing is None:
         return "Every method diverged."
-    names = " and ".join(one.label for one in standing.lowest)
+    names = "; ".join(one.label for one in standing.lowest)
     value = format_nll(standing.lowest[0].nll_at(standing.epoch).median)
     seeds = len(standing.lowest[0].seeds)
     of_seeds = f" (median of {seeds} seeds)" if seeds > 1 else ""
@@ -282,6 +282,6 @@ def _median(values: Sequence[float]) -> float:
     return median(values) if values else math.nan
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _spread(values: Sequence[float]) -> Range:
     """Median and range of values that are not missing."""
-    return Spread(median(values), min(values), max(values))
+    return Range(median(values), min(values), max(values))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from replica_newton.report.files import replace_file
+from replica_newton.files import replace_file
 
 
 def test_makes_the_folder_and_replaces_the_file(tmp_path):

@@ -1,0 +1,283 @@
+"""The command `replica-newton`: train one network, or compare methods on one task."""
+
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+import replica_newton
+from replica_newton.report.figures import save_convergence
+from replica_newton.report.formats import format_nll, format_percent
+from replica_newton.report.html import write_report
+from replica_newton.report.progress import TrainingProgress
+from replica_newton.report.summary import headline
+from replica_newton.report.tables import results_table
+from replica_newton.training.comparison import Comparison, plan
+from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, load_dataset
+from replica_newton.training.loop import train as train_run
+from replica_newton.training.methods import METHODS
+from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, load_run
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+Number = TypeVar("Number", int, float)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Activation(StrEnum):
+    """Activations of the reference network."""
+
+    relu = "relu"
+    tanh = "tanh"
+
+
+class SecantData(StrEnum):
+    """Data of the secants."""
+
+    own = "own"
+    common = "common"
+
+
+DatasetOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)} (digits are built in).")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help=f".npz file, or folder with IDX or CIFAR-10 binary files; by default the folder in {DATA_FOLDER_VARIABLE}."
+    ),
+]
+EpochsOption = Annotated[int, typer.Option(help="Passes over the training set.")]
+BatchOption = Annotated[int, typer.Option(help="Samples in the global batch, split over the replicas.")]
+ActivationOption = Annotated[Activation, typer.Option(help="Activation of the reference network.")]
+SecantOption = Annotated[
+    SecantData,
+    typer.Option(
+        help="Gradients that the secants compare: of each replica's own shard, or of one common shard "
+        "(a second gradient evaluation a step)."
+    ),
+]
+ThreadsOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Threads of torch. Bits are the same for the same number; more than one helps an idle machine alone.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Train on this many samples only, the first ones.")]
+_METHODS_HELP = ", ".join(METHODS)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Second-order training from the differences between data-parallel replicas (Arnold and Wang, 2017)."""
+    if show:
+        Console().print(replica_newton.__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:  [bold]replica-newton train --method paper --replicas 8[/bold]   ·   "
+    "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]   ·   "
+    "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]"
+)
+def train(
+    method: Annotated[str, typer.Option(help=f"Method: {_METHODS_HELP}.")] = "paper",
+    replicas: Annotated[int, typer.Option(help="Number of replicas M; divides the batch size.")] = 8,
+    dataset: DatasetOption = "digits",
+    data: DataOption = None,
+    epochs: EpochsOption = 10,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate; by default the method's own.")] = None,
+    batch_size: BatchOption = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the initial parameters and the order of the data.")] = 0,
+    activation: ActivationOption = Activation.relu,
+    secant_data: SecantOption = SecantData.own,
+    train_limit: LimitOption = None,
+    threads: ThreadsOption = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default in runs/, named after it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, or start it.")] = False,
+) -> None:
+    """Train the reference convnet, saving metrics and a checkpoint after every epoch."""
+    config = RunConfig(
+        dataset=dataset,
+        method=method,
+        replicas=replicas,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        activation=activation.value,
+        secant_data=secant_data.value,
+    )
+    torch.set_num_threads(threads)
+    folder = out or Path("runs") / f"{dataset}-{method}-M{replicas}-rate{config.learning_rate:g}-seed{seed}"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} must be a folder, got a file")
+    state = load_run(folder)
+    if state is not None and not resume:
+        raise RunError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out")
+    state = RunState(config) if state is None else state.continued(config)
+    loaded = load_dataset(dataset, data, train_limit=train_limit)
+    config.check_fits(len(loaded.train_labels))
+
+    console = Console()
+    with _progress(console) as progress:
+        try:
+            train_run(state, loaded, folder, progress)
+        except KeyboardInterrupt:
+            _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
+    last = state.history[-1]
+    outcome = "diverged" if state.diverged else f"training NLL {format_nll(last.train_nll)}"
+    console.print(
+        f"{config.label}: {outcome}, test accuracy {format_percent(last.test_accuracy)} after epoch {last.epoch}; "
+        f"metrics in {folder / METRICS}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(
+    epilog="Examples:  [bold]replica-newton compare --methods sgd,paper --replicas 1,2,4,8[/bold]   ·   "
+    "[bold]replica-newton compare --dataset mnist --data mnist.npz --methods sgd,momentum,adam,paper "
+    "--replicas 2,4,8 --learning-rates 0.01,0.03,0.1,0.3 --seeds 0,1,2 --epochs 5 --out runs/mnist[/bold]"
+)
+def compare(
+    methods: Annotated[str, typer.Option(help=f"Methods, separated by commas: {_METHODS_HELP}.")] = "sgd,paper",
+    replicas: Annotated[
+        str, typer.Option(help="Numbers of replicas M, for the methods whose replicas stand apart.")
+    ] = "1,2,4,8",
+    dataset: DatasetOption = "digits",
+    data: DataOption = None,
+    epochs: EpochsOption = 10,
+    seeds: Annotated[str, typer.Option(help="Seeds; figure and table show medians over them.")] = "0",
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Rates that every method is run with, its best is shown; by default each method's own."),
+    ] = None,
+    batch_size: BatchOption = 256,
+    activation: ActivationOption = Activation.relu,
+    secant_data: SecantOption = SecantData.own,
+    train_limit: LimitOption = None,
+    threads: ThreadsOption = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; what it holds already is kept and shown too.")
+    ] = None,
+) -> None:
+    """Train every method with every M, rate and seed, and draw them side by side.
+
+    Runs what is missing in OUT and writes summary.json, convergence.png, convergence.svg and report.html there.
+    """
+    base = RunConfig(
+        dataset=dataset,
+        method="sgd",
+        epochs=epochs,
+        batch_size=batch_size,
+        activation=activation.value,
+        secant_data=secant_data.value,
+    )
+    planned = plan(
+        base,
+        [name.strip() for name in methods.split(",")],
+        _numbers("replicas", replicas, int),
+        [None] if learning_rates is None else _numbers("learning rates", learning_rates, float),
+        _numbers("seeds", seeds, int),
+    )
+    torch.set_num_threads(threads)
+    loaded = load_dataset(dataset, data, train_limit=train_limit)
+    folder = out or Path("runs") / f"compare-{dataset}"
+    comparison = Comparison.open(folder, base, loaded)
+    missing = comparison.missing(planned)
+
+    console = Console()
+    with _progress(console) as progress:
+        progress.set_total_runs(len(planned), len(planned) - missing)
+        try:
+            comparison.run(planned, loaded, progress)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+    summary = comparison.write_summary()
+    if any(run["train_nll"] for run in summary["runs"]):
+        save_convergence(summary, folder)
+        report = write_report(summary, folder, _environment())
+        console.print(results_table(summary))
+        console.print(headline(summary), highlight=False)
+        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    if interrupted:
+        _interrupted("; the same command goes on")
+
+
+def main() -> None:
+    """Entry point: bad input gets one line on standard error and exit status 2."""
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(standalone_mode=False)
+    except usage_error as error:
+        _fail(error.format_message())
+    except (RunError, ValueError, OSError) as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    sys.stderr.write(f"replica-newton: {line}\n")
+    sys.exit(USAGE_ERROR)
+
+
+def _interrupted(what: str) -> NoReturn:
+    sys.stderr.write(f"replica-newton: interrupted {what}\n".replace(" ;", ";"))
+    raise typer.Exit(INTERRUPTED)
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "integers" if kind is int else "numbers"
+        raise RunError(f"{name} must be {what} separated by commas, got {text!r}") from None
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[TrainingProgress]:
+    """Live display, above which the library's log lines appear, each once."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    said: set[str] = set()
+    handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))  # type: ignore[func-returns-value]
+    logger = logging.getLogger("replica_newton")
+    logger.addHandler(handler)
+    try:
+        with TrainingProgress(console) as progress:
+            yield progress
+    finally:
+        logger.removeHandler(handler)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "replica-newton": replica_newton.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processors": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "command": shlex.join(["replica-newton", *sys.argv[1:]]),
+    }

@@ -1,0 +1,164 @@
+"""The training loop: global batches split over replicas, evaluated and saved after every epoch."""
+
+import math
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from replica_newton.optim import ReplicaNewton
+from replica_newton.topology import Simulated
+from replica_newton.training.datasets import Dataset
+from replica_newton.training.methods import METHODS
+from replica_newton.training.models import reference_convnet
+from replica_newton.training.run import Epoch, RunState, save_run
+
+EVALUATION_BATCH = 4096
+SHARPNESS_EVERY = 20
+"""Steps between two looks at the Ritz values for the display: they cost more than the step's own algebra."""
+
+
+class Observer(Protocol):
+    """What the loop tells as it goes; `report.progress.TrainingProgress` shows it."""
+
+    def start_run(self, label: str, *, epochs: int, steps_per_epoch: int, completed_steps: int = 0) -> None:
+        """A run starts or goes on."""
+
+    def step(self, *, loss: float, sharpness: float | None, learning_rate: float | None) -> None:
+        """A step was taken."""
+
+    def finish_epoch(self, *, epoch: int, train_nll: float, test_accuracy: float) -> None:
+        """An epoch was evaluated and saved."""
+
+    def finish_run(self) -> None:
+        """The run is finished."""
+
+
+def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Observer) -> None:
+    """Train until the run is finished, from wherever it stands.
+
+    A run that was interrupted goes on from its last finished epoch and ends at the same bits as one that was not.
+    A run whose loss or gradient ceases to be finite ends there, with a training NLL of nan.
+
+    Args:
+        state: the run; changed in place as epochs finish.
+        dataset: the data that its config names.
+        folder: where to save after every epoch; None saves nothing.
+        observer: is told of every step and epoch.
+
+    Raises:
+        RunError: if the batch is larger than the training set.
+    """
+    config = state.config
+    config.check_fits(len(dataset.train_labels))
+    steps_per_epoch = len(dataset.train_labels) // config.batch_size
+    torch.manual_seed(config.seed)
+    model = reference_convnet(dataset.input_shape, dataset.classes, activation=config.activation)
+    topology = Simulated(config.replicas)
+    rate = config.learning_rate or 0.0
+    optimizer = METHODS[config.method].make(model.parameters(), rate, topology, config.secant_data)
+    if state.random_state is not None:
+        model.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+        torch.set_rng_state(state.random_state)
+
+    completed = len(state.history)
+    observer.start_run(
+        config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed * steps_per_epoch
+    )
+    while not state.finished:
+        epoch = _train_epoch(state, dataset, model, topology, optimizer, observer)
+        state.history.append(epoch)
+        state.model, state.optimizer = model.state_dict(), optimizer.state_dict()
+        state.random_state = torch.get_rng_state()
+        if folder is not None:
+            save_run(state, folder)
+        observer.finish_epoch(epoch=epoch.epoch, train_nll=epoch.train_nll, test_accuracy=epoch.test_accuracy)
+    observer.finish_run()
+
+
+def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean negative log-likelihood and accuracy over a whole set.
+
+    Args:
+        model: returns logits.
+        inputs: `(n, ...)`.
+        labels: `(n,)` classes.
+
+    Returns:
+        NLL in nats and the fraction of samples classified correctly.
+    """
+    was_training = model.training
+    model.eval()
+    nll, correct = 0.0, 0
+    with torch.no_grad():
+        for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
+            logits = model(x)
+            nll += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+            correct += int((logits.argmax(dim=1) == y).sum())
+    model.train(was_training)
+    return nll / len(labels), correct / len(labels)
+
+
+def _train_epoch(
+    state: RunState, dataset: Dataset, model: nn.Module, topology: Simulated, optimizer: Optimizer, observer: Observer
+) -> Epoch:
+    """One epoch and its evaluation."""
+    config = state.config
+    before = state.history[-1] if state.history else Epoch(0, 0.0, 0.0, 0.0, 0, 0.0, fallbacks=0)
+    # From seed and epoch alone, so that a resumed run sees the same order.
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + before.epoch)
+    order = torch.randperm(len(dataset.train_labels), generator=generator)
+    total, steps, evaluations, sharpness = 0.0, 0, 0, None
+    start = time.perf_counter()
+    try:
+        for indices in torch.split(order, config.batch_size):
+            if len(indices) < config.batch_size:
+                break
+            closure = topology.closure(
+                model, nn.functional.cross_entropy, dataset.train_inputs[indices], dataset.train_labels[indices]
+            )
+            loss = float(optimizer.step(closure))  # type: ignore[arg-type]
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss}")
+            evaluations += closure.samples_evaluated
+            total, steps = total + loss, steps + 1
+            if steps % SHARPNESS_EVERY == 1:
+                sharpness, _ = _sharpness(optimizer)
+            observer.step(loss=loss, sharpness=sharpness, learning_rate=float(optimizer.param_groups[0]["lr"]))
+        seconds = time.perf_counter() - start
+        train_nll, _ = evaluate(model, dataset.train_inputs, dataset.train_labels)
+    except FloatingPointError:
+        seconds, train_nll = time.perf_counter() - start, math.nan
+        evaluations += closure.samples_evaluated
+    _, test_accuracy = evaluate(model, dataset.test_inputs, dataset.test_labels)
+    sharpness, residual = _sharpness(optimizer)
+    return Epoch(
+        epoch=before.epoch + 1,
+        train_loss=total / steps if steps else math.nan,
+        train_nll=train_nll,
+        test_accuracy=test_accuracy,
+        gradient_evaluations=before.gradient_evaluations + evaluations,
+        seconds=before.seconds + seconds,
+        sharpness=sharpness,
+        sharpness_residual=residual,
+        fallbacks=(before.fallbacks or 0) + _fallbacks(optimizer) if isinstance(optimizer, ReplicaNewton) else None,
+    )
+
+
+def _sharpness(optimizer: Optimizer) -> tuple[float | None, float | None]:
+    """Largest Ritz value of the last secants and its residual."""
+    curvature = optimizer.curvature if isinstance(optimizer, ReplicaNewton) else None
+    if curvature is None or not curvature.eigenvalues.numel():
+        return None, None
+    top = int(curvature.eigenvalues.argmax())
+    return float(curvature.eigenvalues[top]), float(curvature.residuals[top])
+
+
+def _fallbacks(optimizer: ReplicaNewton) -> int:
+    """Fallbacks since the last call."""
+    count, optimizer.fallbacks = optimizer.fallbacks, 0
+    return count

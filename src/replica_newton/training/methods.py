@@ -1,0 +1,50 @@
+"""Training methods by name: how each makes its optimizer, and the rate it uses if none is given."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from replica_newton.optim import ReplicaNewton
+from replica_newton.optim.replica_newton import Rule
+from replica_newton.spread import LocalStep, RandomDirections
+from replica_newton.topology import Simulated
+from replica_newton.topology.simulated import Data
+
+Make = Callable[[Iterable[nn.Parameter], float, Simulated, Data], Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        learning_rate: used where none is given: the best of a grid for the reference network on MNIST, ReLU, batch
+            256, 5 epochs (see docs/results.md).
+        parts_replicas: whether replicas stand at different parameters; where they do not, their number changes
+            nothing and the method is run with one.
+        make: optimizer of (parameters, rate, topology, data of the secants).
+    """
+
+    learning_rate: float
+    parts_replicas: bool
+    make: Make
+
+
+def _replica_newton(rule: Rule, spread: type[LocalStep | RandomDirections]) -> Make:
+    def make(parameters: Iterable[nn.Parameter], rate: float, topology: Simulated, secant_data: Data) -> Optimizer:
+        return ReplicaNewton(parameters, rate, rule=rule, topology=topology, spread=spread(), secant_data=secant_data)
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method(0.1, False, lambda parameters, rate, *_: torch.optim.SGD(parameters, rate)),
+    "momentum": Method(0.03, False, lambda parameters, rate, *_: torch.optim.SGD(parameters, rate, momentum=0.9)),
+    "adam": Method(0.003, False, lambda parameters, rate, *_: torch.optim.Adam(parameters, rate)),
+    "paper": Method(0.1, True, _replica_newton("paper", LocalStep)),
+    "paper-random": Method(0.1, True, _replica_newton("paper", RandomDirections)),
+    "saddle-free": Method(0.1, True, _replica_newton("saddle-free", LocalStep)),
+}

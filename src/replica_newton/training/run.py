@@ -1,0 +1,240 @@
+"""One training run: what defines it, what it has reached, and how it is saved."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from replica_newton.files import replace_file
+from replica_newton.topology.simulated import Data
+from replica_newton.training.methods import METHODS
+from replica_newton.training.models import Activation
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+class RunError(ValueError):
+    """A run that cannot be started or continued; the message names the rule and the value got."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that determine a run, bit for bit on one CPU with one number of threads.
+
+    Attributes:
+        dataset: name of the data set.
+        method: name in `METHODS`.
+        replicas: M, divides the batch size.
+        epochs: passes over the training set.
+        learning_rate: rate of the method, > 0; None takes the method's default, and is replaced by it.
+        batch_size: samples in the global batch, split over the replicas. The last, smaller batch of an epoch is
+            dropped; every epoch shuffles anew.
+        seed: of the initial parameters and the order of the data.
+        activation: of the reference network.
+        secant_data: data of the secants, see `ReplicaNewton`.
+
+    Raises:
+        RunError: if a setting is out of range.
+    """
+
+    dataset: str
+    method: str
+    replicas: int = 1
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 256
+    seed: int = 0
+    activation: Activation = "relu"
+    secant_data: Data = "own"
+
+    def __post_init__(self) -> None:
+        _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("replicas", "epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, f"{name.replace('_', ' ')} must be >= 1, got {getattr(self, name)}")
+        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        _require(
+            self.batch_size % self.replicas == 0,
+            f"replicas must divide the batch size {self.batch_size}, got {self.replicas}",
+        )
+        for name, known in (("activation", get_args(Activation)), ("secant_data", get_args(Data))):
+            value = getattr(self, name)
+            _require(value in known, f"{name.replace('_', ' ')} must be one of {', '.join(known)}, got {value!r}")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", METHODS[self.method].learning_rate)
+        rate = self.learning_rate or 0.0
+        _require(0.0 < rate < math.inf, f"learning rate must be positive and finite, got {self.learning_rate}")
+
+    @property
+    def label(self) -> str:
+        """The run in a few words."""
+        replicas = f", M = {self.replicas}" if METHODS[self.method].parts_replicas else ""
+        return f"{self.method}{replicas}, rate {self.learning_rate:g}, seed {self.seed}"
+
+    def check_fits(self, train_samples: int) -> None:
+        """Check that an epoch holds at least one batch.
+
+        Args:
+            train_samples: size of the training set.
+
+        Raises:
+            RunError: if it does not.
+        """
+        _require(
+            self.batch_size <= train_samples,
+            f"batch size must be at most the {train_samples} training samples, got {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a run had reached after one epoch; counts and seconds from the start of the run.
+
+    Attributes:
+        epoch: number of finished epochs.
+        train_loss: mean loss of the epoch's batches as they were trained on.
+        train_nll: negative log-likelihood, mean over the whole training set; nan if the run diverged.
+        test_accuracy: fraction of the test set classified correctly.
+        gradient_evaluations: samples whose gradient was computed, secant evaluations included.
+        seconds: time of training, without the evaluation after each epoch.
+        sharpness: largest Ritz value of the last secants, None where there are none.
+        sharpness_residual: its residual; a sharpness below it is noise.
+        fallbacks: steps replaced by SGD steps because they did not descend; None for methods without.
+    """
+
+    epoch: int
+    train_loss: float
+    train_nll: float
+    test_accuracy: float
+    gradient_evaluations: int
+    seconds: float
+    sharpness: float | None = None
+    sharpness_residual: float | None = None
+    fallbacks: int | None = None
+
+
+@dataclass
+class RunState:
+    """A run as far as it has come.
+
+    Attributes:
+        config: its settings.
+        history: one entry a finished epoch.
+        model: `state_dict` of the network.
+        optimizer: `state_dict` of the optimizer.
+        random_state: torch's global random state on the CPU.
+    """
+
+    config: RunConfig
+    history: list[Epoch] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    random_state: torch.Tensor | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last training NLL is not finite; such a run goes no further."""
+        return bool(self.history) and not math.isfinite(self.history[-1].train_nll)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.diverged or len(self.history) >= self.config.epochs
+
+    def continued(self, config: RunConfig) -> "RunState":
+        """The same run, to be continued with settings that may ask for another number of epochs.
+
+        Args:
+            config: settings asked for.
+
+        Returns:
+            The run with these settings.
+
+        Raises:
+            RunError: if they differ in anything else.
+        """
+        for name, value in asdict(replace(self.config, epochs=config.epochs)).items():
+            asked = getattr(config, name)
+            _require(value == asked, f"the saved run has {name.replace('_', ' ')} {value}, got {asked}")
+        return replace(self, config=config)
+
+    def summary(self, epochs: int) -> dict[str, Any]:
+        """Entry of `summary.json`: settings, and lists with one value an epoch.
+
+        Args:
+            epochs: how many epochs to tell of, at most.
+
+        Returns:
+            The entry; None stands for nan.
+        """
+        entry = {name: getattr(self.config, name) for name in ("method", "replicas", "seed", "learning_rate")}
+        quantities = ("train_nll", "test_accuracy", "gradient_evaluations", "seconds")
+        return entry | {
+            name: [finite_or_none(getattr(epoch, name)) for epoch in self.history[:epochs]] for name in quantities
+        }
+
+
+def save_run(state: RunState, folder: Path) -> None:
+    """Write the checkpoint and `metrics.jsonl` of a run, each whole or not at all.
+
+    Args:
+        state: the run after an epoch.
+        folder: where the files go.
+    """
+    content = BytesIO()
+    torch.save(
+        {
+            "config": asdict(state.config),
+            "history": [asdict(epoch) for epoch in state.history],
+            "model": state.model,
+            "optimizer": state.optimizer,
+            "random_state": state.random_state,
+        },
+        content,
+    )
+    # The checkpoint decides what a resumed run knows; metrics are written again from its history.
+    replace_file(folder / CHECKPOINT, content.getvalue())
+    lines = (
+        json.dumps({name: finite_or_none(value) for name, value in asdict(epoch).items()}) + "\n"
+        for epoch in state.history
+    )
+    replace_file(folder / METRICS, "".join(lines).encode())
+
+
+def load_run(folder: Path) -> RunState | None:
+    """The run saved in a folder.
+
+    Args:
+        folder: where `save_run` wrote.
+
+    Returns:
+        The run, None if the folder holds none.
+
+    Raises:
+        RunError: if there is a checkpoint that cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, weights_only=True)
+        config = RunConfig(**content.pop("config"))
+        history = [Epoch(**epoch) for epoch in content.pop("history")]
+        return RunState(config, history, **content)
+    except Exception as error:  # torch.load raises whatever zip, pickle and the operating system raise
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{path}: not a readable checkpoint ({reason}); delete it to train from the start") from error
+
+
+def finite_or_none(value: Any) -> Any:
+    """A value for JSON, which has no nan and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise RunError(rule)
