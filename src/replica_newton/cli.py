@@ -49,13 +49,6 @@ class Activation(StrEnum):
     tanh = "tanh"
 
 
-class SecantData(StrEnum):
-    """Data of the secants."""
-
-    own = "own"
-    common = "common"
-
-
 DatasetOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)} (digits are built in).")]
 DataOption = Annotated[
     Path | None,
@@ -66,13 +59,6 @@ DataOption = Annotated[
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training set.")]
 BatchOption = Annotated[int, typer.Option(help="Samples in the global batch, split over the replicas.")]
 ActivationOption = Annotated[Activation, typer.Option(help="Activation of the reference network.")]
-SecantOption = Annotated[
-    SecantData,
-    typer.Option(
-        help="Gradients that the secants compare: of each replica's own shard, or of one common shard "
-        "(a second gradient evaluation a step)."
-    ),
-]
 ThreadsOption = Annotated[
     int,
     typer.Option(
@@ -81,7 +67,7 @@ ThreadsOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Train on this many samples only, the first ones.")]
-_METHODS_HELP = ", ".join(METHODS)
+_METHODS_HELP = "; ".join(f"[bold]{name}[/bold]: {method.description}" for name, method in METHODS.items())
 
 
 @app.callback(invoke_without_command=True)
@@ -98,7 +84,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
     "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]"
 )
 def train(
-    method: Annotated[str, typer.Option(help=f"Method: {_METHODS_HELP}.")] = "paper",
+    method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
     replicas: Annotated[int, typer.Option(help="Number of replicas M; divides the batch size.")] = 8,
     dataset: DatasetOption = "digits",
     data: DataOption = None,
@@ -107,7 +93,6 @@ def train(
     batch_size: BatchOption = 256,
     seed: Annotated[int, typer.Option(help="Seed of the initial parameters and the order of the data.")] = 0,
     activation: ActivationOption = Activation.relu,
-    secant_data: SecantOption = SecantData.own,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default in runs/, named after it.")] = None,
@@ -123,7 +108,6 @@ def train(
         batch_size=batch_size,
         seed=seed,
         activation=activation.value,
-        secant_data=secant_data.value,
     )
     torch.set_num_threads(threads)
     folder = out or Path("runs") / f"{dataset}-{method}-M{replicas}-rate{config.learning_rate:g}-seed{seed}"
@@ -158,7 +142,7 @@ def train(
     "--replicas 2,4,8 --learning-rates 0.01,0.03,0.1,0.3 --seeds 0,1,2 --epochs 5 --out runs/mnist[/bold]"
 )
 def compare(
-    methods: Annotated[str, typer.Option(help=f"Methods, separated by commas: {_METHODS_HELP}.")] = "sgd,paper",
+    methods: Annotated[str, typer.Option(help=f"Methods, separated by commas. {_METHODS_HELP}.")] = "sgd,paper",
     replicas: Annotated[
         str, typer.Option(help="Numbers of replicas M, for the methods whose replicas stand apart.")
     ] = "1,2,4,8",
@@ -172,7 +156,6 @@ def compare(
     ] = None,
     batch_size: BatchOption = 256,
     activation: ActivationOption = Activation.relu,
-    secant_data: SecantOption = SecantData.own,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
     out: Annotated[
@@ -189,7 +172,6 @@ def compare(
         epochs=epochs,
         batch_size=batch_size,
         activation=activation.value,
-        secant_data=secant_data.value,
     )
     planned = plan(
         base,

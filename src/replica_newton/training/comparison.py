@@ -91,7 +91,6 @@ class Comparison:
             "activation": base.activation,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "batch_size": base.batch_size,
-            "secant_data": base.secant_data,
             "epochs": base.epochs,
         }
         before = _read_task(folder)

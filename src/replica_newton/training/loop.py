@@ -59,7 +59,7 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
     model = reference_convnet(dataset.input_shape, dataset.classes, activation=config.activation)
     topology = Simulated(config.replicas)
     rate = config.learning_rate or 0.0
-    optimizer = METHODS[config.method].make(model.parameters(), rate, topology, config.secant_data)
+    optimizer = METHODS[config.method].make(model.parameters(), rate, topology)
     if state.random_state is not None:
         model.load_state_dict(state.model)
         optimizer.load_state_dict(state.optimizer)

@@ -13,7 +13,7 @@ from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Simulated
 from replica_newton.topology.simulated import Data
 
-Make = Callable[[Iterable[nn.Parameter], float, Simulated, Data], Optimizer]
+Make = Callable[[Iterable[nn.Parameter], float, Simulated], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -21,30 +21,47 @@ class Method:
     """A way to train.
 
     Attributes:
+        description: what it does, in a few words.
         learning_rate: used where none is given: the best of a grid for the reference network on MNIST, ReLU, batch
             256, 5 epochs (see docs/results.md).
         parts_replicas: whether replicas stand at different parameters; where they do not, their number changes
             nothing and the method is run with one.
-        make: optimizer of (parameters, rate, topology, data of the secants).
+        make: optimizer of (parameters, rate, topology).
     """
 
+    description: str
     learning_rate: float
     parts_replicas: bool
     make: Make
 
 
-def _replica_newton(rule: Rule, spread: type[LocalStep | RandomDirections]) -> Make:
-    def make(parameters: Iterable[nn.Parameter], rate: float, topology: Simulated, secant_data: Data) -> Optimizer:
+def _replica_newton(rule: Rule, spread: type[LocalStep | RandomDirections], secant_data: Data) -> Make:
+    def make(parameters: Iterable[nn.Parameter], rate: float, topology: Simulated) -> Optimizer:
         return ReplicaNewton(parameters, rate, rule=rule, topology=topology, spread=spread(), secant_data=secant_data)
 
     return make
 
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(0.1, False, lambda parameters, rate, *_: torch.optim.SGD(parameters, rate)),
-    "momentum": Method(0.03, False, lambda parameters, rate, *_: torch.optim.SGD(parameters, rate, momentum=0.9)),
-    "adam": Method(0.003, False, lambda parameters, rate, *_: torch.optim.Adam(parameters, rate)),
-    "paper": Method(0.1, True, _replica_newton("paper", LocalStep)),
-    "paper-random": Method(0.1, True, _replica_newton("paper", RandomDirections)),
-    "saddle-free": Method(0.1, True, _replica_newton("saddle-free", LocalStep)),
+    "sgd": Method("stochastic gradient descent", 0.1, False, lambda w, rate, _: torch.optim.SGD(w, rate)),
+    "momentum": Method("SGD with momentum 0.9", 0.03, False, lambda w, rate, _: torch.optim.SGD(w, rate, momentum=0.9)),
+    "adam": Method("Adam", 0.003, False, lambda w, rate, _: torch.optim.Adam(w, rate)),
+    "paper": Method(
+        "the paper's step, secants on every replica's own shard", 0.1, True, _replica_newton("paper", LocalStep, "own")
+    ),
+    "paper-common": Method(
+        "the paper's step, secants on one common shard", 0.1, True, _replica_newton("paper", LocalStep, "common")
+    ),
+    "paper-random": Method(
+        "control: as paper-common, replicas displaced in random directions",
+        0.1,
+        True,
+        _replica_newton("paper", RandomDirections, "common"),
+    ),
+    "saddle-free": Method(
+        "Ritz values |θ| in place of the paper's σ, secants on one common shard",
+        0.1,
+        True,
+        _replica_newton("saddle-free", LocalStep, "common"),
+    ),
 }

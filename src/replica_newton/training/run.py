@@ -10,7 +10,6 @@ from typing import Any, get_args
 import torch
 
 from replica_newton.files import replace_file
-from replica_newton.topology.simulated import Data
 from replica_newton.training.methods import METHODS
 from replica_newton.training.models import Activation
 
@@ -36,7 +35,6 @@ class RunConfig:
             dropped; every epoch shuffles anew.
         seed: of the initial parameters and the order of the data.
         activation: of the reference network.
-        secant_data: data of the secants, see `ReplicaNewton`.
 
     Raises:
         RunError: if a setting is out of range.
@@ -50,7 +48,6 @@ class RunConfig:
     batch_size: int = 256
     seed: int = 0
     activation: Activation = "relu"
-    secant_data: Data = "own"
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
@@ -61,9 +58,11 @@ class RunConfig:
             self.batch_size % self.replicas == 0,
             f"replicas must divide the batch size {self.batch_size}, got {self.replicas}",
         )
-        for name, known in (("activation", get_args(Activation)), ("secant_data", get_args(Data))):
-            value = getattr(self, name)
-            _require(value in known, f"{name.replace('_', ' ')} must be one of {', '.join(known)}, got {value!r}")
+        activations = get_args(Activation)
+        _require(
+            self.activation in activations,
+            f"activation must be one of {', '.join(activations)}, got {self.activation!r}",
+        )
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", METHODS[self.method].learning_rate)
         rate = self.learning_rate or 0.0
