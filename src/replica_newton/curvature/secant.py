@@ -1,6 +1,7 @@
 """The paper's algebra: the inverse-Hessian product of any vector from replicas at different parameters."""
 
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -82,11 +83,14 @@ class SecantCurvature:
         for rows, target in ((W, self._rows[:M]), (G, self._rows[M:])):
             rows = rows.detach().to(target.dtype)
             torch.sub(rows, rows[0], out=target)
-        if not bool(torch.isfinite(self._rows.sum())):
+        # Row 0 is zero, so the extremes enclose zero; they are nan or inf if any element is.
+        (low_W, high_W), (low_G, high_G) = (map(float, torch.aminmax(rows)) for rows in torch.split(self._rows, M))
+        if not isfinite(high_W - low_W + high_G - low_G):
             check_finite("W", W)
             check_finite("G", G)
             check_finite("differences between replicas in W", self._rows[:M])
             check_finite("differences between replicas in G", self._rows[M:])
+        self._parted = low_W < high_W
 
     @cached_property
     def _gradient_gram(self) -> Tensor:
@@ -104,7 +108,7 @@ class SecantCurvature:
     def _svd(self) -> tuple[Tensor, Tensor]:
         """Right singular vectors V, `(M, rank)`, and singular values, `(rank,)`, of the (damped) G."""
         basis = differences_basis(self.replicas)
-        if not bool(self._rows[: self.replicas].any()):
+        if not self._parted:
             return basis[:, :0], basis.new_empty(0)
         gram = self._gradient_gram
         scale = float(gram.diagonal().max())

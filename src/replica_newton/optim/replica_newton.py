@@ -33,7 +33,7 @@ class ReplicaNewton(Optimizer):
     The spread then says where they part to: with `LocalStep` each adds its own local step to the common one, at no
     extra gradient evaluation. Along directions that the replicas do not span, the step is that of SGD at rate lr.
 
-    A step that does not descend (`dᵀḡ ≤ 0`, which happens when the secants see negative curvature or mere noise)
+    A step that does not descend (`dᵀḡ ≤ 0`, every group's part times its rate, which happens when the secants see negative curvature or mere noise)
     is replaced by the SGD step and counted in `fallbacks`. So is the first step, before the replicas have parted,
     and every step of a single replica, neither of which is counted.
 
@@ -43,14 +43,14 @@ class ReplicaNewton(Optimizer):
 
     Args:
         params: parameters, or groups of them.
-        lr: α > 0, the rate of the step; a float or a tensor of one element; may differ by group.
+        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group.
         rule: which inverse the step uses.
         topology: where the replicas live. `Simulated(1)` has no curvature: plain SGD.
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
         rtol: relative cut-off of the secants' directions, in [0, 1).
-        maximize: ascend instead of descend.
+        maximize: ascend instead of descend; everything is then that of the negated loss.
 
     Attributes:
         curvature: `SecantCurvature` of the last step, None where there was none.
@@ -112,12 +112,11 @@ class ReplicaNewton(Optimizer):
             ValueError: if a parameter is complex or sparse or a rate is negative.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if not 0.0 <= float(group["lr"]) < float("inf"):
-            raise ValueError(f"lr={group['lr']} must be finite and >= 0")
-        for parameter in group["params"]:
-            if parameter.layout != torch.strided or not parameter.is_floating_point():
-                raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @overload  # type: ignore[override]
     def step(self, closure: None = None) -> None: ...
@@ -138,7 +137,8 @@ class ReplicaNewton(Optimizer):
 
         Raises:
             TypeError: if the closure cannot evaluate replicas.
-            ValueError: if a gradient is sparse, or the closure's topology has another number of replicas.
+            ValueError: if a gradient is sparse, no parameter requires one, or the closure's topology has another
+                number of replicas.
             FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step.
         """
         if closure is None:
@@ -148,25 +148,21 @@ class ReplicaNewton(Optimizer):
             raise TypeError(
                 f"closure must come from topology.closure(module, criterion, inputs, targets), got {_name(closure)}"
             )
-
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        W = self._displacements(parameters)
-        points = W + torch.cat([p.flatten() for p in parameters]).to(W.dtype)
-        losses, gradients = closure.gradients(parameters, points)
-        if len(gradients) != len(W):
-            raise ValueError(f"closure evaluates {len(gradients)} replicas, the optimizer's topology has {len(W)}")
-        gradients = gradients.to(W.dtype)
-        finite = torch.isfinite(losses) & torch.isfinite(gradients.sum(dim=1))
-        if not bool(finite.all()):
-            replica = int((~finite).nonzero()[0])
-            raise FloatingPointError(
-                f"loss or gradient of replica {replica} is not finite (loss {float(losses[replica])})"
+        if closure.replicas != self.topology.replicas:
+            raise ValueError(
+                f"closure evaluates {closure.replicas} replicas, the optimizer's topology has {self.topology.replicas}"
             )
 
-        mean_gradient = gradients.mean(dim=0)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not parameters:
+            raise ValueError("no parameter of the optimizer requires a gradient")
+        W = self._displacements(parameters)
+        points = W + torch.cat([p.flatten() for p in parameters]).to(W.dtype)
+        losses, gradients = self._evaluate(closure, parameters, points, "own")
+
         self.curvature = self._observe(closure, parameters, points, W, gradients)
-        direction = self._direction(mean_gradient)
-        rates = self._rates(parameters)
+        rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
+        direction = self._direction(gradients.mean(dim=0), rates)
         self._move(parameters, direction * -rates)
         step = self.state[parameters[0]].get("step", 0)
         self._part(parameters, self.spread.displacements(gradients, rates, step), step + 1)
@@ -188,17 +184,33 @@ class ReplicaNewton(Optimizer):
             if "displacements" in saved:
                 self.state[parameter]["displacements"] = saved["displacements"].to(parameter.device, copy=True)
 
+    def _evaluate(
+        self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, data: Data
+    ) -> tuple[Tensor, Tensor]:
+        """Losses `(M,)` and gradients `(M, N)` of what is minimised: the negated loss in groups that maximize."""
+        losses, gradients = closure.gradients(parameters, points, data=data)
+        gradients = gradients.to(points.dtype)
+        finite = torch.isfinite(losses) & torch.isfinite(gradients.sum(dim=1))
+        if not bool(finite.all()):
+            replica = int((~finite).nonzero()[0])
+            raise FloatingPointError(
+                f"loss or gradient of replica {replica} is not finite (loss {float(losses[replica])})"
+            )
+        signs = self._by_element(parameters, [-1.0 if group["maximize"] else 1.0 for group in self.param_groups])
+        return losses, gradients * signs
+
     def _observe(
         self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
     ) -> SecantCurvature | None:
         """Secants of this step; None before the replicas have parted."""
-        if not bool(W.any()):
+        low, high = torch.aminmax(W)
+        if low == high:
             return None
         if self.secant_data == "common":
-            gradients = closure.gradients(parameters, points, data="common").gradients
+            _, gradients = self._evaluate(closure, parameters, points, "common")
         return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping)
 
-    def _direction(self, mean_gradient: Tensor) -> Tensor:
+    def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Tensor:
         """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
         curvature = self.curvature
         if curvature is None:
@@ -209,7 +221,8 @@ class ReplicaNewton(Optimizer):
             direction = saddle_free_inverse_hvp(
                 curvature.eigenvalues, curvature.eigenvectors, mean_gradient, damping=self.damping, rtol=self.rtol
             )
-        if float(direction @ mean_gradient) > 0.0:
+        descent = direction * rates if isinstance(rates, Tensor) else direction
+        if float(descent @ mean_gradient) > 0.0:
             return direction
         self.fallbacks += 1
         return mean_gradient
@@ -230,17 +243,17 @@ class ReplicaNewton(Optimizer):
         """Keep the new displacements, by parameter, so that checkpoints follow the parameters."""
         pieces = torch.split(displacements, [p.numel() for p in parameters], dim=1)
         for parameter, piece in zip(parameters, pieces, strict=True):
-            self.state[parameter] |= {"displacements": piece.reshape(-1, *parameter.shape), "step": step}
+            rows = piece.reshape(len(displacements), *parameter.shape)
+            self.state[parameter] |= {"displacements": rows, "step": step}
 
-    def _rates(self, parameters: list[Tensor]) -> Tensor | float:
-        """Signed rates: one number, or `(N,)` where groups differ."""
-        by_group = [float(group["lr"]) * (-1 if group["maximize"] else 1) for group in self.param_groups]
+    def _by_element(self, parameters: list[Tensor], by_group: list[float]) -> Tensor | float:
+        """A number of every group: one for all, or `(N,)` where groups differ."""
         if len(set(by_group)) == 1:
             return by_group[0]
         return torch.cat(
             [
-                torch.full((p.numel(),), rate, dtype=working_dtype(*parameters), device=p.device)
-                for rate, group in zip(by_group, self.param_groups, strict=True)
+                torch.full((p.numel(),), value, dtype=working_dtype(*parameters), device=p.device)
+                for value, group in zip(by_group, self.param_groups, strict=True)
                 for p in group["params"]
                 if p.requires_grad
             ]
@@ -255,14 +268,20 @@ class ReplicaNewton(Optimizer):
 
     def _step_on_given_gradients(self) -> None:
         """SGD step on what is in `.grad`; parameters without gradient stay."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise ValueError("sparse gradients are not supported")
-                sign = 1 if group["maximize"] else -1
-                parameter.add_(parameter.grad, alpha=sign * float(group["lr"]))
+        given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(gradient.layout != torch.strided for _, gradient, _ in given):
+            raise ValueError("sparse gradients are not supported")
+        for parameter, gradient, group in given:
+            sign = 1 if group["maximize"] else -1
+            parameter.add_(gradient, alpha=sign * float(group["lr"]))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if not 0.0 <= float(group["lr"]) < float("inf"):
+        raise ValueError(f"lr={group['lr']} must be finite and >= 0")
+    for parameter in group["params"]:
+        if parameter.layout != torch.strided or not parameter.is_floating_point():
+            raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
 
 
 def _name(closure: Callable[[], object]) -> str:

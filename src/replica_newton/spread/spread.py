@@ -66,11 +66,13 @@ class RandomDirections:
         """Centred Gaussian rows scaled to `radius`, `(M, N)`; see `Spread`."""
         M = len(gradients)
         # One generator on the CPU: the same directions on every device.
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # It keeps 32 bits of a seed: the odd factor sets the seeds' sequences of steps far apart in them.
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + step) % (1 << 32))
         directions = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
         directions -= directions.mean(dim=0)
         if self.radius is None:
             length = LocalStep().displacements(gradients, rates, step).norm()
         else:
-            length = torch.tensor(self.radius * M**0.5)
-        return directions.mul_(length / directions.norm().clamp(min=torch.finfo(directions.dtype).tiny))
+            length = self.radius * M**0.5
+        norm = directions.norm()
+        return directions.mul_(torch.where(norm > 0.0, length / norm, 0.0))

@@ -107,8 +107,11 @@ class Simulated:
             with torch.no_grad():
                 for name, buffer in module.named_buffers():
                     rows = buffers[name]
-                    buffer.copy_(rows.mean(dim=0) if rows.is_floating_point() else rows[0])
-        return ReplicaGradients(losses, torch.cat([rows.flatten(start_dim=1) for rows in gradients], dim=1))
+                    # A constant would drift by the rounding of its mean.
+                    if not torch.equal(rows, buffer.expand_as(rows)):
+                        buffer.copy_(rows.mean(dim=0) if rows.is_floating_point() else rows[0])
+        rows_of = [rows.reshape(self.replicas, rows[0].numel()) for rows in gradients]
+        return ReplicaGradients(losses, torch.cat(rows_of, dim=1))
 
     def _evaluate(
         self,
@@ -121,12 +124,15 @@ class Simulated:
     ) -> tuple[Tensor, Sequence[Tensor], dict[str, Tensor]]:
         if self.batched is not False and module not in self._unbatchable:
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+            random_state = torch.get_rng_state()
             try:
                 return *_batched(loss, points, fresh, samples, data), fresh
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 if self.batched:
                     raise
                 reason = str(error).partition("\n")[0]
+                # Or a run would depend on which of its steps met the module first (a resumed one meets it again).
+                torch.set_rng_state(random_state)
             result = *_looped(loss, points, buffers, samples, data), buffers
             self._unbatchable.add(module)
             logger.warning("%s cannot be batched, its replicas run in a loop (%s)", type(module).__name__, reason)
@@ -148,7 +154,9 @@ def _batched(
         in_dims=(0, 0, *[0 if own else None] * len(samples)),
         randomness="different" if own else "same",
     )
-    gradients, losses = evaluate(points, buffers, *samples)
+    # Parameters that do not vary must not hold on to the graph of the pass.
+    with torch.no_grad():
+        gradients, losses = evaluate(points, buffers, *samples)
     return losses, list(gradients.values())
 
 
@@ -170,6 +178,8 @@ def _looped(
         with torch.enable_grad(), torch.random.fork_rng(enabled=shared_random_state):
             value = loss(state, *(rows[m] if own else rows for rows in samples))
             gradients.append(torch.autograd.grad(value, list(parameters.values()), materialize_grads=True))
+        if any(gradient.layout != torch.strided for gradient in gradients[-1]):
+            raise ValueError("sparse gradients are not supported")
         losses.append(value.detach())
     return torch.stack(losses), [torch.stack(rows) for rows in zip(*gradients, strict=True)]
 
@@ -199,6 +209,11 @@ class ReplicaClosure:
         self._samples = (*inputs, targets)
         self.samples_evaluated = 0
 
+    @property
+    def replicas(self) -> int:
+        """M, the number of shards of the batch."""
+        return self._topology.replicas
+
     def __call__(self) -> Tensor:
         """Gradient of the whole batch at the module's parameters, left in `.grad`; returns the loss."""
         self._module.zero_grad()
@@ -222,17 +237,18 @@ class ReplicaClosure:
             Losses `(M,)` and gradients `(M, N)`.
 
         Raises:
-            ValueError: if a tensor is no parameter of the module.
+            ValueError: if a tensor is no parameter of the module, its gradient is sparse, or `points` is not `(M, N)`.
         """
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         if any(id(parameter) not in names for parameter in parameters):
             raise ValueError("every parameter of the optimizer must belong to the module of the closure")
-        pieces = torch.split(points, [parameter.numel() for parameter in parameters], dim=1)
+        M, sizes = self.replicas, [parameter.numel() for parameter in parameters]
+        if points.shape != (M, sum(sizes)):
+            raise ValueError(f"points must be (M, N) = {(M, sum(sizes))}, got {tuple(points.shape)}")
         stacked = {
-            names[id(parameter)]: piece.reshape(-1, *parameter.shape).to(parameter.dtype)
-            for parameter, piece in zip(parameters, pieces, strict=True)
+            names[id(parameter)]: piece.reshape(M, *parameter.shape).to(parameter.dtype)
+            for parameter, piece in zip(parameters, torch.split(points, sizes, dim=1), strict=True)
         }
-        M = self._topology.replicas
         shards = tuple(rows.reshape(M, -1, *rows.shape[1:]) for rows in self._samples)
         self.samples_evaluated += self._size
         return self._topology.evaluate(
