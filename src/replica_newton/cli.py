@@ -79,8 +79,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 
 @app.command(
-    epilog="Examples:  [bold]replica-newton train --method paper --replicas 8[/bold]   ·   "
-    "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]   ·   "
+    epilog="Examples:\n\n[bold]replica-newton train --method paper --replicas 8[/bold]\n\n"
+    "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]\n\n"
     "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]"
 )
 def train(
@@ -108,6 +108,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         activation=activation.value,
+        train_limit=train_limit,
     )
     torch.set_num_threads(threads)
     folder = out or Path("runs") / f"{dataset}-{method}-M{replicas}-rate{config.learning_rate:g}-seed{seed}"
@@ -119,6 +120,7 @@ def train(
     state = RunState(config) if state is None else state.continued(config)
     loaded = load_dataset(dataset, data, train_limit=train_limit)
     config.check_fits(len(loaded.train_labels))
+    _make_folder(folder)
 
     console = Console()
     with _progress(console) as progress:
@@ -137,7 +139,7 @@ def train(
 
 
 @app.command(
-    epilog="Examples:  [bold]replica-newton compare --methods sgd,paper --replicas 1,2,4,8[/bold]   ·   "
+    epilog="Examples:\n\n[bold]replica-newton compare --methods sgd,paper --replicas 1,2,4,8[/bold]\n\n"
     "[bold]replica-newton compare --dataset mnist --data mnist.npz --methods sgd,momentum,adam,paper "
     "--replicas 2,4,8 --learning-rates 0.01,0.03,0.1,0.3 --seeds 0,1,2 --epochs 5 --out runs/mnist[/bold]"
 )
@@ -172,6 +174,7 @@ def compare(
         epochs=epochs,
         batch_size=batch_size,
         activation=activation.value,
+        train_limit=train_limit,
     )
     planned = plan(
         base,
@@ -185,6 +188,7 @@ def compare(
     folder = out or Path("runs") / f"compare-{dataset}"
     comparison = Comparison.open(folder, base, loaded)
     missing = comparison.missing(planned)
+    _make_folder(folder)
 
     console = Console()
     with _progress(console) as progress:
@@ -211,7 +215,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except usage_error as error:
-        _fail(error.format_message())
+        message = error.format_message()
+        if not message:  # no command at all: the help has been shown
+            sys.exit(USAGE_ERROR)
+        _fail(message)
     except (RunError, ValueError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -228,6 +235,16 @@ def _fail(message: str) -> NoReturn:
 def _interrupted(what: str) -> NoReturn:
     sys.stderr.write(f"replica-newton: interrupted {what}\n".replace(" ;", ";"))
     raise typer.Exit(INTERRUPTED)
+
+
+def _make_folder(folder: Path) -> None:
+    """Fail before training rather than after its first epoch."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be created: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"{folder} must be writable")
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

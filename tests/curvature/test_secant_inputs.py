@@ -79,7 +79,7 @@ def test_differences_far_below_a_common_shift_stay_exact_in_fp32() -> None:
     z = normal(30, seed=3).float()
     expected = SecantCurvature(offsets, g.double())
     curvature = SecantCurvature(w, g)
-    # fp32 rounding of the results alone. Centring about an fp32 mean would be wrong by a spacing: 10 per cent.
+    # fp32 rounding of the results alone; combining w itself in fp32 would be wrong by the spacing of its elements
     torch.testing.assert_close(curvature.inverse_hvp(z).double(), expected.inverse_hvp(z), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(curvature.eigenvalues, expected.eigenvalues, rtol=1e-6, atol=0.0)
 

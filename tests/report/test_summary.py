@@ -115,7 +115,7 @@ def test_headline_of_a_loss(make_run, make_summary, end, relation):
 def test_headline_of_a_tie(make_run, make_summary):
     summary = make_summary(make_run("sgd", 1, nll=[0.9, 0.40004]), make_run("paper", 8, nll=[0.9, 0.39996]))
     assert headline(summary) == (
-        "Lowest training NLL after 2 epochs: SGD and paper, M = 8, with 0.400. "
+        "Lowest training NLL after 2 epochs: SGD; paper, M = 8, with 0.400. "
         "The paper's method with M = 8 does not beat SGD: they tie at 0.400."
     )
 

@@ -33,9 +33,9 @@ class ReplicaNewton(Optimizer):
     The spread then says where they part to: with `LocalStep` each adds its own local step to the common one, at no
     extra gradient evaluation. Along directions that the replicas do not span, the step is that of SGD at rate lr.
 
-    A step that does not descend (`dᵀḡ ≤ 0`, every group's part times its rate, which happens when the secants see negative curvature or mere noise)
-    is replaced by the SGD step and counted in `fallbacks`. So is the first step, before the replicas have parted,
-    and every step of a single replica, neither of which is counted.
+    A step that does not descend (`dᵀḡ ≤ 0`, every group weighted by its rate; it happens when the secants see negative
+    curvature or mere noise) is replaced by the SGD step and counted in `fallbacks`. So is the first step, before the
+    replicas have parted, and every step of a single replica, neither of which is counted.
 
     With secants on own shards, gradients differ by data as well as by parameters; with the small displacements of
     local steps the data win, and G is mostly sampling noise. `secant_data="common"` has every replica evaluate a
@@ -197,7 +197,7 @@ class ReplicaNewton(Optimizer):
                 f"loss or gradient of replica {replica} is not finite (loss {float(losses[replica])})"
             )
         signs = self._by_element(parameters, [-1.0 if group["maximize"] else 1.0 for group in self.param_groups])
-        return losses, gradients * signs
+        return losses, gradients.mul_(signs)
 
     def _observe(
         self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor

@@ -16,7 +16,7 @@ from replica_newton.report.formats import (
 from replica_newton.report.summary import Summary, compare, group_runs, method_name
 
 # Least widths: air between the columns as long as the numbers are short, and no more than 80 columns when they are not.
-_COLUMNS = {"M": 3, "rate": 7, "NLL": 8, "min–max": 15, "test": 7, "grads": 6, "sec.": 6, "seeds": 5}
+_COLUMNS = {"M": 3, "rate": 7, "NLL": 8, "min–max": 14, "test": 7, "grads": 6, "sec.": 6, "seeds": 5}
 
 
 def results_table(summary: Summary) -> Table:
@@ -34,7 +34,7 @@ def results_table(summary: Summary) -> Table:
     if any(one.rates > 1 for one in series):
         caption += "\n*: best learning rate"
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
-    table.add_column("method", max_width=11, overflow="ellipsis", no_wrap=True)
+    table.add_column("method", max_width=12, overflow="ellipsis", no_wrap=True)
     for heading, width in _COLUMNS.items():
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for one in series:

@@ -15,6 +15,9 @@ from replica_newton.training.models import Activation
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+MAX_SEED = 2**32 - 1
+MAX_RATE = 1e30
+"""Well inside fp32, beyond which torch's optimizers raise instead of diverging."""
 
 
 class RunError(ValueError):
@@ -30,11 +33,12 @@ class RunConfig:
         method: name in `METHODS`.
         replicas: M, divides the batch size.
         epochs: passes over the training set.
-        learning_rate: rate of the method, > 0; None takes the method's default, and is replaced by it.
+        learning_rate: rate of the method, in (0, 1e30]; None takes the method's default, and is replaced by it.
         batch_size: samples in the global batch, split over the replicas. The last, smaller batch of an epoch is
             dropped; every epoch shuffles anew.
-        seed: of the initial parameters and the order of the data.
+        seed: of the initial parameters and the order of the data, in 0 … 2³² − 1.
         activation: of the reference network.
+        train_limit: number of training samples, the first ones; None for all.
 
     Raises:
         RunError: if a setting is out of range.
@@ -48,12 +52,13 @@ class RunConfig:
     batch_size: int = 256
     seed: int = 0
     activation: Activation = "relu"
+    train_limit: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("replicas", "epochs", "batch_size"):
             _require(getattr(self, name) >= 1, f"{name.replace('_', ' ')} must be >= 1, got {getattr(self, name)}")
-        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        _require(0 <= self.seed <= MAX_SEED, f"seed must be in 0 … {MAX_SEED}, got {self.seed}")
         _require(
             self.batch_size % self.replicas == 0,
             f"replicas must divide the batch size {self.batch_size}, got {self.replicas}",
@@ -66,7 +71,9 @@ class RunConfig:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", METHODS[self.method].learning_rate)
         rate = self.learning_rate or 0.0
-        _require(0.0 < rate < math.inf, f"learning rate must be positive and finite, got {self.learning_rate}")
+        _require(
+            0.0 < rate <= MAX_RATE, f"learning rate must be positive and at most {MAX_RATE:g}, got {self.learning_rate}"
+        )
 
     @property
     def label(self) -> str:
@@ -195,13 +202,13 @@ def save_run(state: RunState, folder: Path) -> None:
         },
         content,
     )
-    # The checkpoint decides what a resumed run knows; metrics are written again from its history.
-    replace_file(folder / CHECKPOINT, content.getvalue())
     lines = (
         json.dumps({name: finite_or_none(value) for name, value in asdict(epoch).items()}) + "\n"
         for epoch in state.history
     )
+    # The checkpoint comes last: it decides what a resumed run knows, so a finished run never lacks a line of metrics.
     replace_file(folder / METRICS, "".join(lines).encode())
+    replace_file(folder / CHECKPOINT, content.getvalue())
 
 
 def load_run(folder: Path) -> RunState | None:
