@@ -94,9 +94,15 @@ def test_a_non_finite_element_is_reported_with_matrix_replica_and_value(
     w, g, _ = replicas(dtype)
     rows = {"W": w, "G": g}
     rows[which][replica, 3] = value
-    rows[which][3, 1] = NAN  # a later one: the first replica is the one to be named
     with pytest.raises(ValueError, match=rf"^{which} must be finite; replica {replica} holds {value} \(1 elements\)$"):
         SecantCurvature(rows["W"].requires_grad_(), rows["G"])
+
+
+def test_the_first_replica_with_a_non_finite_element_is_named_with_its_count() -> None:
+    w, g, _ = replicas()
+    g[1, 2:5], g[3, 0] = INF, NAN
+    with pytest.raises(ValueError, match=r"^G must be finite; replica 1 holds inf \(3 elements\)$"):
+        SecantCurvature(w, g)
 
 
 @pytest.mark.parametrize("which", ["W", "G"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from replica_newton.curvature.gram import differences_basis, resolved
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RitzPairs:
     """Approximate eigenpairs of the Hessian in the span of the replicas' displacements.
 

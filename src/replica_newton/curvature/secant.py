@@ -47,7 +47,8 @@ class SecantCurvature:
         G: `(M, N)` gradients at those parameters; same shape and device.
         rtol: directions with `σ_i ≤ rtol·σ_max` are dropped, all of them if the replicas stand at one point. So are
             those that rounding of the fp64 Gram matrix hides: below 1e-7 of the longest row, or of its damped parts
-            where `G + λ W` cancels.
+            where `G + λ W` cancels. Gradients in half precision carry noise of 1e-3 to 1e-2 of their size: give them
+            an rtol above it.
         damping: λ ≥ 0 in units of Hessian eigenvalues: the secants become `G + λ W = (H + λ I) W`, and singular
             vectors, `inverse_hvp` and `hvp` belong to `H + λ I`. Eigenvalues stay those of H.
 
@@ -76,8 +77,8 @@ class SecantCurvature:
         self.damping = damping
         self.replicas = W.shape[0]
 
-        # Differences to the first replica are exact for replicas that stand close together, which centring about
-        # a rounded mean is not; all weights below sum to zero over the replicas, so both give the same results.
+        # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows.
+        # For replicas that stand close together they are exact in floating point.
         M, N = W.shape
         self._rows = torch.empty(2 * M, N, dtype=working_dtype(W, G), device=W.device)
         for rows, target in ((W, self._rows[:M]), (G, self._rows[M:])):
