@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from reference import F64, generator, normal
+from reference import F64, generator, normal, paper_inverse_hvp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+
+from replica_newton import ReplicaNewton, Simulated
+from replica_newton.topology import ReplicaClosure
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -212,3 +215,51 @@ def copies(problem: Problem, points: Tensor, data: str = "own", *, names: Sequen
         gradients.append(flat(pieces))
         modules.append(module)
     return Copies(torch.stack(losses), torch.stack(gradients), modules)
+
+
+class Trajectory(NamedTuple):
+    """Parameters `(steps, N)` after every step, steps that were replaced, and loss before every step."""
+
+    parameters: Tensor
+    fallbacks: int
+    losses: Tensor
+
+
+def paper_scheme(
+    problem: Problem, M: int, rates: Sequence[Tensor | float], *, secant_data: str = "own", sign: float = 1.0
+) -> Trajectory:
+    """The paper's 1-step synchronous scheme, literally: deep copies, autograd, and the SVD of the N×M matrix.
+
+    `rates` has one entry a step, a number or `(N,)`; `sign` −1 minimises the negated loss.
+    """
+    w = flat(trained(problem.module))
+    d = torch.zeros(M, w.numel(), dtype=F64)
+    fallbacks, trajectory, losses = 0, [], []
+    for rate in rates:
+        own = copies(problem, w + d, "own")
+        g = sign * own.gradients
+        secants = g if secant_data == "own" else sign * copies(problem, w + d, "common").gradients
+        mean = sum(g) / M
+        direction = paper_inverse_hvp(d, secants, mean) if d.abs().max() > 0 else mean
+        if (rate * direction) @ mean <= 0:
+            direction, fallbacks = mean, fallbacks + 1
+        w = w - rate * direction
+        d = torch.stack([-rate * (row - mean) for row in g])
+        trajectory.append(w)
+        losses.append(own.losses.mean())
+    return Trajectory(torch.stack(trajectory), fallbacks, torch.stack(losses))
+
+
+def train(optimizer: ReplicaNewton, problem: Problem, steps: int) -> Trajectory:
+    """Steps of an optimizer on the whole batch."""
+    trajectory, losses = [], []
+    for _ in range(steps):
+        losses.append(optimizer.step(closure_of(problem, optimizer.topology.replicas)))
+        trajectory.append(flat(trained(problem.module)))
+    return Trajectory(torch.stack(trajectory), optimizer.fallbacks, torch.stack(losses))
+
+
+def closure_of(problem: Problem, topology: Simulated | int) -> ReplicaClosure:
+    """Closure over the batch of a problem."""
+    topology = Simulated(topology) if isinstance(topology, int) else topology
+    return topology.closure(problem.module, problem.criterion, problem.inputs, problem.targets)

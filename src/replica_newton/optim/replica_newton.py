@@ -233,7 +233,7 @@ class ReplicaNewton(Optimizer):
         dtype = working_dtype(*parameters)
         pieces = []
         for parameter in parameters:
-            rows = self.state[parameter].get("displacements")
+            rows = self.state.get(parameter, {}).get("displacements")
             if rows is None or len(rows) != M:
                 rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
             pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
