@@ -2,6 +2,7 @@
 
 import math
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +63,7 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
     optimizer = METHODS[config.method].make(model.parameters(), rate, topology)
     if state.random_state is not None:
         model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        optimizer.load_state_dict(deepcopy(state.optimizer))
         torch.set_rng_state(state.random_state)
 
     completed = len(state.history)
@@ -72,7 +73,8 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
     while not state.finished:
         epoch = _train_epoch(state, dataset, model, topology, optimizer, observer)
         state.history.append(epoch)
-        state.model, state.optimizer = model.state_dict(), optimizer.state_dict()
+        # Copies, because steps change tensors in place, and an interrupted epoch must leave no trace.
+        state.model, state.optimizer = deepcopy((model.state_dict(), optimizer.state_dict()))
         state.random_state = torch.get_rng_state()
         if folder is not None:
             save_run(state, folder)
@@ -150,12 +152,14 @@ def _train_epoch(
 
 
 def _sharpness(optimizer: Optimizer) -> tuple[float | None, float | None]:
-    """Largest Ritz value of the last secants and its residual."""
-    curvature = optimizer.curvature if isinstance(optimizer, ReplicaNewton) else None
-    if curvature is None or not curvature.eigenvalues.numel():
+    """Largest Ritz value of the last secants and its residual; none from own shards, whose secants are mostly noise."""
+    if not isinstance(optimizer, ReplicaNewton) or optimizer.secant_data == "own" or optimizer.curvature is None:
         return None, None
-    top = int(curvature.eigenvalues.argmax())
-    return float(curvature.eigenvalues[top]), float(curvature.residuals[top])
+    pairs = optimizer.curvature.ritz_pairs
+    if not pairs.values.numel():
+        return None, None
+    top = int(pairs.values.argmax())
+    return float(pairs.values[top]), float(pairs.residuals[top])
 
 
 def _fallbacks(optimizer: ReplicaNewton) -> int:

@@ -107,7 +107,7 @@ class Epoch:
         test_accuracy: fraction of the test set classified correctly.
         gradient_evaluations: samples whose gradient was computed, secant evaluations included.
         seconds: time of training, without the evaluation after each epoch.
-        sharpness: largest Ritz value of the last secants, None where there are none.
+        sharpness: largest Ritz value of the last secants on common data, None where there are none.
         sharpness_residual: its residual; a sharpness below it is noise.
         fallbacks: steps replaced by SGD steps because they did not descend; None for methods without.
     """
