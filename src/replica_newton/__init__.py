@@ -1,16 +1,20 @@
 """Second-order training for PyTorch from the differences between data-parallel replicas."""
 
 from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_free_inverse_hvp
+from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
 from replica_newton.optim import ReplicaNewton
-from replica_newton.spread import LocalStep, RandomDirections
+from replica_newton.spread import LocalStep, RandomDirections, TrackedSubspace
 from replica_newton.topology import Simulated
 
 __all__ = [
+    "CurvatureMonitor",
+    "CurvatureObservation",
     "LocalStep",
     "RandomDirections",
     "ReplicaNewton",
     "SecantCurvature",
     "Simulated",
+    "TrackedSubspace",
     "exact_newton_step",
     "saddle_free_inverse_hvp",
 ]

@@ -214,6 +214,11 @@ class ReplicaClosure:
         """M, the number of shards of the batch."""
         return self._topology.replicas
 
+    @property
+    def samples(self) -> int:
+        """Number of samples in the global batch."""
+        return self._size
+
     def __call__(self) -> Tensor:
         """Gradient of the whole batch at the module's parameters, left in `.grad`; returns the loss."""
         self._module.zero_grad()

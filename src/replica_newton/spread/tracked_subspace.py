@@ -1,0 +1,175 @@
+"""TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replica_newton.curvature.gram import inner_products
+
+
+class TrackedSubspace:
+    """Orthonormal directions that follow the top eigenspace of a changing, noisily observed symmetric matrix H.
+
+    A probe takes some directions q (one a replica), measures the responses `H q`, and hands them back. The space keeps
+    Ritz vectors X and their responses Z ≈ H X, `(order, N)` each, hence the symmetric model of rank 2·order
+
+        A = X Zᵀ + Z Xᵀ − X (Xᵀ Z) Xᵀ,
+
+    which agrees with Z on X and, H being symmetric, knows half of H elsewhere. The next directions are the orthonormal
+    basis of Z: block power iteration, one sweep for `order` probed directions. In the new directions Q the response is
+    the model's, mixed with what is measured:
+
+        S_i = (1 − smoothing) A q_i + smoothing · H q_i     for the directions just probed,
+        S_i = A q_i                                         for the others,
+
+    and Rayleigh-Ritz on `sym(Q Sᵀ)` gives the new X and Z. The model carries past probes over as the basis turns, so
+    single directions can take turns, and the noise of mini-batches is averaged.
+
+    Args:
+        order: number of directions, in 1 … N.
+        size: N.
+        smoothing: weight in (0, 1] of a new response; 1 forgets, and suits a Hessian without noise.
+        seed: of the random first directions.
+        device: where the directions live, in fp32.
+
+    Attributes:
+        sweeps: how often all directions have been probed.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source:
+        Arnold and Wang (2017), arXiv 1709.05069, whose U are the normalised responses; block power iteration and
+        Rayleigh-Ritz as in Saad, Numerical Methods for Large Eigenvalue Problems (2011), ch. 5.
+    """
+
+    def __init__(
+        self, order: int, size: int, *, smoothing: float = 0.5, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        if not 1 <= order <= size:
+            raise ValueError(f"{order=} must be in [1, {size}], the number of parameters")
+        if not 0.0 < smoothing <= 1.0:
+            raise ValueError(f"{smoothing=} must be in (0, 1]")
+        self.order = order
+        self.smoothing = smoothing
+        self.sweeps = 0
+        self._next = 0
+        generator = torch.Generator().manual_seed(seed)
+        self._directions = _orthonormal(torch.randn(order, size, generator=generator).to(device))
+        self._vectors = torch.zeros_like(self._directions)
+        self._responses = torch.zeros_like(self._directions)
+        self._values = torch.zeros(order, dtype=torch.float64)
+
+    def directions(self, count: int) -> Tensor:
+        """Directions to probe next, in turn.
+
+        Args:
+            count: how many, in 1 … order.
+
+        Returns:
+            `(count, N)`, orthonormal rows.
+
+        Raises:
+            ValueError: if `count` is out of range.
+        """
+        if not 1 <= count <= self.order:
+            raise ValueError(f"{count=} must be in [1, {self.order}], the order of the space")
+        return self._directions[self._turn(count)]
+
+    def observe(self, responses: Tensor) -> None:
+        """Take in the responses to the directions that `directions` gave last.
+
+        Args:
+            responses: `(count, N)`, H q for every direction q.
+
+        Raises:
+            ValueError: if the shape does not fit or a response is not finite; the space then stays as it was.
+        """
+        count, size = responses.shape
+        if not 1 <= count <= self.order or size != self._directions.shape[1]:
+            raise ValueError(
+                f"responses must be (count, {self._directions.shape[1]}), count <= {self.order}, got {(count, size)}"
+            )
+        if not bool(torch.isfinite(responses).all()):
+            raise ValueError("responses must be finite")
+        turn = self._turn(count)
+        self._next += count
+        first_sweep = self.sweeps == 0
+        modelled = self._responses if first_sweep else self._model(self._directions)
+        weight = 1.0 if first_sweep else self.smoothing
+        modelled[turn] = torch.lerp(modelled[turn], responses.to(modelled.dtype), weight)
+        if self._next >= self.order:
+            self._next -= self.order
+            self.sweeps += 1
+        if first_sweep and self.sweeps == 0:
+            self._responses = modelled  # the space turns only when every direction has been seen once
+            return
+        self._rayleigh_ritz(modelled)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Ritz values, `(order,)` fp64 on the CPU, signed, by magnitude descending; empty in the first sweep."""
+        return self._values[: self.order if self.sweeps else 0].clone()
+
+    @property
+    def eigenvectors(self) -> Tensor:
+        """Ritz vectors, `(order, N)`, orthonormal rows; empty in the first sweep."""
+        return self._vectors[: self.order if self.sweeps else 0].clone()
+
+    @property
+    def residuals(self) -> Tensor:
+        """`‖H x_i − θ_i x_i‖` of every pair with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
+        values = self.eigenvalues
+        if not values.numel():
+            return values
+        errors: Tensor = self._responses - values.to(self._vectors)[:, None] * self._vectors
+        return errors.norm(dim=1, dtype=torch.float64).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the space has learnt: tensors and numbers."""
+        names = ("order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values")
+        return {name.lstrip("_"): getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a space of the same order and size.
+
+        Args:
+            state: what `state_dict()` returned.
+
+        Raises:
+            ValueError: if order or size differ.
+        """
+        shape = tuple(state["directions"].shape)
+        if shape != tuple(self._directions.shape):
+            raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._directions.shape)}")
+        self.smoothing, self.sweeps, self._next = state["smoothing"], state["sweeps"], state["next"]
+        for name in ("directions", "vectors", "responses"):
+            setattr(self, f"_{name}", state[name].to(self._directions, copy=True))
+        self._values = state["values"].to(dtype=torch.float64, device="cpu", copy=True)
+
+    def _turn(self, count: int) -> list[int]:
+        return [(self._next + i) % self.order for i in range(count)]
+
+    def _model(self, q: Tensor) -> Tensor:
+        """`A q` for rows q."""
+        along = q @ self._vectors.T
+        across = q - along @ self._vectors
+        return along @ self._responses + (across @ self._responses.T) @ self._vectors
+
+    def _rayleigh_ritz(self, responses: Tensor) -> None:
+        """New pairs from the directions and their responses, and the directions of the next sweep."""
+        projected = inner_products(self._directions, responses)
+        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+        order = values.abs().argsort(descending=True, stable=True)
+        rotation = rotation[:, order].T.to(self._directions)
+        self._values = values[order]
+        self._vectors = rotation @ self._directions
+        self._responses = rotation @ responses
+        self._directions = _orthonormal(self._responses)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal basis of the rows, completed by arbitrary directions where they are dependent."""
+    columns: Tensor = torch.linalg.qr(rows.T).Q
+    return columns.T.contiguous()
