@@ -123,8 +123,9 @@ class TrackedSubspace:
         values = self.eigenvalues
         if not values.numel():
             return values
-        errors: Tensor = self._responses - values.to(self._vectors)[:, None] * self._vectors
-        return errors.norm(dim=1, dtype=torch.float64).cpu()
+        errors = self._responses - values.to(self._vectors)[:, None] * self._vectors
+        lengths: Tensor = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64)
+        return lengths.cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
