@@ -128,14 +128,14 @@ BAD_ANYWHERE = [
     ("--dataset cifar10 --data good.npz", "good.npz"),
     ("--dataset mnist --data good.npz --batch-size 64", "at most the 40 training samples, got 64"),
     ("--data good.npz", "good.npz"),
-    ("--replicas 3", "replicas must divide the batch size 256, got 3"),
+    ("--replicas 3", "replicas must divide the batch size 64, got 3"),
     ("--replicas 0", "replicas must be >= 1, got 0"),
     ("--replicas many", "replicas"),
     ("--epochs 0", "epochs must be >= 1, got 0"),
     ("--batch-size 0", "batch size must be >= 1, got 0"),
     ("--batch-size 2048", "at most the 1437 training samples, got 2048"),
     ("--train-limit 0", "got 0"),
-    ("--train-limit 128", "at most the 128 training samples, got 256"),
+    ("--train-limit 32", "at most the 32 training samples, got 64"),
     ("--activation sigmoid", "--activation"),
     ("--threads 0", "--threads"),
     ("--out file", "file must be a folder, got a file"),
@@ -157,7 +157,7 @@ BAD = [
     ("compare --seeds a", "seeds must be integers separated by commas, got 'a'"),
     ("compare --seeds 0,1.5", "seeds must be integers separated by commas, got '0,1.5'"),
     ("compare --seeds 0,-1", "seed must be in 0"),
-    ("compare --replicas 2,3", "replicas must divide the batch size 256, got 3"),
+    ("compare --replicas 2,3", "replicas must divide the batch size 64, got 3"),
     *[(f"compare --learning-rates 0.1,{rate}", "learning rate must be positive") for rate in ("-1", "nan")],
     ("compare --learning-rates a", "learning rates must be numbers separated by commas, got 'a'"),
     ("launch", "launch"),
@@ -257,7 +257,7 @@ def test_train_writes_metrics_and_a_checkpoint(invoke, tmp_path):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["gradient_evaluations"] for line in lines] == [128, 256]
     assert len(outcome.out.splitlines()) == 3
-    assert outcome.out.splitlines()[-1].endswith("after epoch 2; metrics in a/run/metrics.jsonl")
+    assert outcome.out.splitlines()[-1] == "Metrics: a/run/metrics.jsonl"
 
 
 def test_train_without_a_folder_names_it_after_the_run(invoke, tmp_path):
@@ -304,7 +304,7 @@ def test_damaged_checkpoint_is_named_in_one_line(invoke, tmp_path, command):
 def test_run_that_diverged_says_so(invoke, tmp_path):
     outcome = invoke("train --method sgd --learning-rate 1e20 --epochs 3 --out run", *SMALL)
     assert outcome.status == 0
-    assert "diverged" in outcome.out.splitlines()[-1]
+    assert "NLL diverged" in outcome.out.splitlines()[-2]
     assert [line["train_nll"] for line in metrics(tmp_path / "run")] == [None]
 
 

@@ -18,13 +18,12 @@ from rich.logging import RichHandler
 
 import replica_newton
 from replica_newton.report.figures import save_convergence
-from replica_newton.report.formats import format_nll, format_percent
 from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
 from replica_newton.report.tables import results_table
 from replica_newton.training.comparison import Comparison, plan
-from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, load_dataset
+from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, DataError, load_dataset
 from replica_newton.training.loop import train as train_run
 from replica_newton.training.methods import METHODS
 from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, load_run
@@ -57,7 +56,12 @@ DataOption = Annotated[
     ),
 ]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training set.")]
-BatchOption = Annotated[int, typer.Option(help="Samples in the global batch, split over the replicas.")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Samples in the global batch, split over the replicas; by default 256, for digits (a small set) 64."
+    ),
+]
 ActivationOption = Annotated[Activation, typer.Option(help="Activation of the reference network.")]
 ThreadsOption = Annotated[
     int,
@@ -85,12 +89,15 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 )
 def train(
     method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
-    replicas: Annotated[int, typer.Option(help="Number of replicas M; divides the batch size.")] = 8,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Number of replicas M; divides the batch size. By default 8, or 1 where M changes nothing."),
+    ] = None,
     dataset: DatasetOption = "digits",
     data: DataOption = None,
     epochs: EpochsOption = 10,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate; by default the method's own.")] = None,
-    batch_size: BatchOption = 256,
+    batch_size: BatchOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial parameters and the order of the data.")] = 0,
     activation: ActivationOption = Activation.relu,
     train_limit: LimitOption = None,
@@ -99,13 +106,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, or start it.")] = False,
 ) -> None:
     """Train the reference convnet, saving metrics and a checkpoint after every epoch."""
+    if replicas is None:
+        replicas = 8 if method in METHODS and METHODS[method].parts_replicas else 1
     config = RunConfig(
         dataset=dataset,
         method=method,
         replicas=replicas,
         epochs=epochs,
         learning_rate=learning_rate,
-        batch_size=batch_size,
+        batch_size=_batch_size(dataset) if batch_size is None else batch_size,
         seed=seed,
         activation=activation.value,
         train_limit=train_limit,
@@ -128,14 +137,7 @@ def train(
             train_run(state, loaded, folder, progress)
         except KeyboardInterrupt:
             _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
-    last = state.history[-1]
-    outcome = "diverged" if state.diverged else f"training NLL {format_nll(last.train_nll)}"
-    console.print(
-        f"{config.label}: {outcome}, test accuracy {format_percent(last.test_accuracy)} after epoch {last.epoch}; "
-        f"metrics in {folder / METRICS}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -156,7 +158,7 @@ def compare(
         str | None,
         typer.Option(help="Rates that every method is run with, its best is shown; by default each method's own."),
     ] = None,
-    batch_size: BatchOption = 256,
+    batch_size: BatchOption = None,
     activation: ActivationOption = Activation.relu,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
@@ -172,7 +174,7 @@ def compare(
         dataset=dataset,
         method="sgd",
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=_batch_size(dataset) if batch_size is None else batch_size,
         activation=activation.value,
         train_limit=train_limit,
     )
@@ -219,7 +221,7 @@ def main() -> None:
         if not message:  # no command at all: the help has been shown
             sys.exit(USAGE_ERROR)
         _fail(message)
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, DataError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -235,6 +237,10 @@ def _fail(message: str) -> NoReturn:
 def _interrupted(what: str) -> NoReturn:
     sys.stderr.write(f"replica-newton: interrupted {what}\n".replace(" ;", ";"))
     raise typer.Exit(INTERRUPTED)
+
+
+def _batch_size(dataset: str) -> int:
+    return 64 if dataset == "digits" else 256
 
 
 def _make_folder(folder: Path) -> None:

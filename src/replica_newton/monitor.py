@@ -62,7 +62,7 @@ class CurvatureMonitor:
             against the change of the Hessian along the way.
         reuse_gradient: take the gradient at w from `.grad` instead of evaluating it: one gradient a probe. Right only
             if `.grad` is that of the very same loss, not clipped, scaled or accumulated, and the network draws no
-            random numbers.
+            random numbers. Replicas need a gradient each, and always evaluate it.
         seed: of the first directions.
 
     Attributes:
@@ -108,14 +108,19 @@ class CurvatureMonitor:
     def observe(self, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation | None:
         """Probe, if one is due.
 
+        To be called after `backward`: the probe writes to the parameters and back, which autograd sees, so that it
+        refuses a graph made before. An autocast around the call is suspended.
+
         Args:
-            evaluate: returns the loss of the current batch, with its graph; or the closure of M replicas.
+            evaluate: returns the loss of the current batch, with its graph and in full precision; or the closure of M
+                replicas.
 
         Returns:
             What was seen, None where no probe was due.
 
         Raises:
             FloatingPointError: if a gradient is not finite; the tracked space is then as before.
+            ValueError: if there are more replicas than `rank`, or no `.grad` to reuse.
         """
         step, self.steps = self.steps, self.steps + 1
         if step % self.every:
@@ -160,7 +165,7 @@ class CurvatureMonitor:
         sharpness = float(eigenvalues.max()) if eigenvalues.numel() else float("nan")
         mean = gradients.mean(dim=0)
         squared = float(mean @ mean)
-        captured = float((vectors @ mean).square().sum()) / squared if squared > 0.0 else 0.0
+        captured = float((vectors @ mean.to(vectors.dtype)).square().sum()) / squared if squared > 0.0 else 0.0
         return CurvatureObservation(
             step=step,
             eigenvalues=eigenvalues,
@@ -173,7 +178,9 @@ class CurvatureMonitor:
 
     def _gradients(self, evaluate: Callable[[], Tensor] | ReplicaClosure, displacements: Tensor) -> Tensor:
         """Gradients, `(count, N)`, at displaced parameters; leaves no trace in the model."""
-        with _untouched(self._model):
+        # The casts that an autocast keeps of its parameters would outlive their displacement.
+        autocast = torch.autocast(self._parameters[0].device.type, enabled=False, cache_enabled=False)
+        with _untouched(self._model), autocast:
             if isinstance(evaluate, ReplicaClosure):
                 return evaluate.gradients(self._parameters, self._point() + displacements).gradients
             self._displace(displacements[0])
@@ -191,6 +198,8 @@ class CurvatureMonitor:
         return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
 
     def _given_gradient(self) -> Tensor:
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise ValueError("reuse_gradient=True needs the .grad that backward leaves, got none")
         return torch.cat(
             [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self._parameters]
         )
@@ -210,7 +219,9 @@ def _noise_scale(gradients: Tensor, batch: int) -> float | None:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Restore parameters, buffers and random state afterwards, bit for bit."""
-    tensors = [*model.parameters(), *model.buffers()]
+    buffers = [(module, *item) for module in model.modules() for item in module.named_buffers(recurse=False)]
+    # What `expand` made cannot be written to, neither by the model.
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if not _is_expanded(buffer))]
     with torch.no_grad():
         saved = [tensor.clone() for tensor in tensors]
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
@@ -221,3 +232,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

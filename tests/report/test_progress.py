@@ -37,8 +37,8 @@ def test_pipe_gets_one_line_an_epoch(pipe):
     with TrainingProgress(pipe) as progress:
         train(progress, label="[red]paper[/red] :smile:")
     assert pipe.file.getvalue().splitlines() == [
-        "[red]paper[/red] :smile:, epoch 1/2: training NLL 0.500, test accuracy 90.0 %, 0:00",
-        "[red]paper[/red] :smile:, epoch 2/2: training NLL 0.250, test accuracy 90.0 %, 0:00",
+        "[red]paper[/red] :smile:, epoch 1/2: NLL 0.500, test 90.0 %, 0:00",
+        "[red]paper[/red] :smile:, epoch 2/2: NLL 0.250, test 90.0 %, 0:00",
     ]
 
 
@@ -64,9 +64,9 @@ def test_terminal_keeps_one_line_a_run(terminal):
         train(progress)
         train(progress, label="SGD")
     text = terminal.file.getvalue()
-    assert text.count("paper, M = 4, epoch 2/2: training NLL 0.250, test accuracy 90.0 %") == 1
-    assert text.count("SGD, epoch 2/2: training NLL 0.250") == 1
-    assert "epoch 1/2: training NLL 0.500, test accuracy 90.0 %, 0:00" not in text
+    assert text.count("paper, M = 4, epoch 2/2: NLL 0.250, test 90.0 %") == 1
+    assert text.count("SGD, epoch 2/2: NLL 0.250") == 1
+    assert "epoch 1/2: NLL 0.500, test 90.0 %, 0:00" not in text
 
 
 def test_display_during_a_run(terminal):
@@ -84,7 +84,7 @@ def test_display_during_a_run(terminal):
     assert bar.split()[:2] == ["epoch", "2/2"]
     assert "50%" in bar
     assert numbers.strip() == "loss 0.125   sharpness 12.35   rate 0.05"
-    assert epoch.strip() == "epoch 1/2: training NLL 0.500, test accuracy 90.0 %"
+    assert epoch.strip() == "epoch 1/2: NLL 0.500, test 90.0 %"
     # One run finished and half of the next: 1.5 of 4.
     assert runs.split()[:2] == ["runs", "1/4"]
     assert "38%" in runs

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -106,10 +107,7 @@ class TrainingProgress:
             train_nll: Negative log-likelihood on the training set.
             test_accuracy: Fraction of the test set that is classified correctly.
         """
-        self._epoch = (
-            f"epoch {epoch}/{self._epochs}: training NLL {format_nll(train_nll)}, "
-            f"test accuracy {format_percent(test_accuracy)}"
-        )
+        self._epoch = f"epoch {epoch}/{self._epochs}: NLL {format_nll(train_nll)}, test {format_percent(test_accuracy)}"
         if self._live is None:
             self._print(self._epoch)
 
@@ -157,7 +155,8 @@ class TrainingProgress:
             done = self._completed_runs + fraction
             left = _time_left(now - self._runs_started, done, self._first_run, self._total_runs)
             lines.append(_bar_line(f"runs {self._completed_runs}/{self._total_runs}", done / self._total_runs, left))
-        return Group(*lines)
+        # Narrower than the terminal, whose echo of ^C would otherwise wrap the last line and leave it behind.
+        return Group(*(Constrain(line, self._console.width - 3) for line in lines))
 
 
 def _bar_line(counter: str, fraction: float, left: str) -> Table:

@@ -14,9 +14,10 @@ class TrackedSubspace:
     A probe takes some directions q (one a replica), measures the responses `H q`, and hands them back. The space keeps
     Ritz vectors X and their responses Z ≈ H X, `(order, N)` each, hence the symmetric model of rank 2·order
 
-        A = X Zᵀ + Z Xᵀ − X (Xᵀ Z) Xᵀ,
+        A = X Zᵀ + Z Xᵀ − X (Zᵀ X) Xᵀ,
 
-    which agrees with Z on X and, H being symmetric, knows half of H elsewhere. The next directions are the orthonormal
+    which agrees with Z on X and, H being symmetric, knows half of H elsewhere. It is as symmetric as XᵀZ: exactly for
+    the responses of one H, up to their noise and age otherwise. The next directions are the orthonormal
     basis of Z: block power iteration, one sweep for `order` probed directions. In the new directions Q the response is
     the model's, mixed with what is measured:
 
@@ -86,19 +87,21 @@ class TrackedSubspace:
         Raises:
             ValueError: if the shape does not fit or a response is not finite; the space then stays as it was.
         """
-        count, size = responses.shape
-        if not 1 <= count <= self.order or size != self._directions.shape[1]:
+        size = self._directions.shape[1]
+        if responses.dim() != 2 or not 1 <= len(responses) <= self.order or responses.shape[1] != size:
             raise ValueError(
-                f"responses must be (count, {self._directions.shape[1]}), count <= {self.order}, got {(count, size)}"
+                f"responses must be (count, {size}), 1 <= count <= {self.order}, got {tuple(responses.shape)}"
             )
+        responses = responses.to(self._directions.dtype)
+        count = len(responses)
         if not bool(torch.isfinite(responses).all()):
             raise ValueError("responses must be finite")
         turn = self._turn(count)
         self._next += count
         first_sweep = self.sweeps == 0
-        modelled = self._responses if first_sweep else self._model(self._directions)
+        modelled = self._responses.clone() if first_sweep else self._model(self._directions)
         weight = 1.0 if first_sweep else self.smoothing
-        modelled[turn] = torch.lerp(modelled[turn], responses.to(modelled.dtype), weight)
+        modelled[turn] = torch.lerp(modelled[turn], responses, weight)
         if self._next >= self.order:
             self._next -= self.order
             self.sweeps += 1
@@ -167,10 +170,12 @@ class TrackedSubspace:
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
-        self._directions = _orthonormal(self._responses)
+        # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
+        longest = float(torch.linalg.vector_norm(self._responses, dim=1).max())
+        self._directions = _orthonormal(self._responses + (1e-6 * longest or 1.0) * self._vectors)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis of the rows, completed by arbitrary directions where they are dependent."""
+    """Orthonormal basis of independent rows."""
     columns: Tensor = torch.linalg.qr(rows.T).Q
     return columns.T.contiguous()
