@@ -125,23 +125,9 @@ class CurvatureMonitor:
         step, self.steps = self.steps, self.steps + 1
         if step % self.every:
             return None
-        count = evaluate.replicas if isinstance(evaluate, ReplicaClosure) else 1
-        directions = self.subspace.directions(count)
-        length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
-        before = 0 if not isinstance(evaluate, ReplicaClosure) else evaluate.samples_evaluated
-        if self.reuse_gradient and not isinstance(evaluate, ReplicaClosure):
-            base = self._given_gradient()[None]
-        else:
-            base = self._gradients(evaluate, torch.zeros_like(directions))
-        displaced = self._gradients(evaluate, length * directions)
-        if isinstance(evaluate, ReplicaClosure):
-            self.samples_evaluated += evaluate.samples_evaluated - before
-        responses = (displaced - base) / length
-        if not bool(torch.isfinite(responses).all()):
-            raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
-        self.subspace.observe(responses)
-        batch = evaluate.samples if isinstance(evaluate, ReplicaClosure) else None
-        self.last = self._summarise(step, base, batch)
+        # The casts that an autocast keeps of its parameters would not see their displacement, or outlive it.
+        with torch.autocast(self._parameters[0].device.type, enabled=False, cache_enabled=False):
+            self.last = self._probe(step, evaluate)
         return self.last
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,6 +145,25 @@ class CurvatureMonitor:
         """
         self.subspace.load_state_dict(state["subspace"])
         self.steps = state["steps"]
+
+    def _probe(self, step: int, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation:
+        count = evaluate.replicas if isinstance(evaluate, ReplicaClosure) else 1
+        directions = self.subspace.directions(count)
+        length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
+        before = 0 if not isinstance(evaluate, ReplicaClosure) else evaluate.samples_evaluated
+        if self.reuse_gradient and not isinstance(evaluate, ReplicaClosure):
+            base = self._given_gradient()[None]
+        else:
+            base = self._gradients(evaluate, torch.zeros_like(directions))
+        displaced = self._gradients(evaluate, length * directions)
+        if isinstance(evaluate, ReplicaClosure):
+            self.samples_evaluated += evaluate.samples_evaluated - before
+        responses = (displaced - base) / length
+        if not bool(torch.isfinite(responses).all()):
+            raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
+        self.subspace.observe(responses)
+        batch = evaluate.samples if isinstance(evaluate, ReplicaClosure) else None
+        return self._summarise(step, base, batch)
 
     def _summarise(self, step: int, gradients: Tensor, batch: int | None) -> CurvatureObservation:
         eigenvalues, vectors = self.subspace.eigenvalues, self.subspace.eigenvectors
@@ -178,9 +183,7 @@ class CurvatureMonitor:
 
     def _gradients(self, evaluate: Callable[[], Tensor] | ReplicaClosure, displacements: Tensor) -> Tensor:
         """Gradients, `(count, N)`, at displaced parameters; leaves no trace in the model."""
-        # The casts that an autocast keeps of its parameters would outlive their displacement.
-        autocast = torch.autocast(self._parameters[0].device.type, enabled=False, cache_enabled=False)
-        with _untouched(self._model), autocast:
+        with _untouched(self._model):
             if isinstance(evaluate, ReplicaClosure):
                 return evaluate.gradients(self._parameters, self._point() + displacements).gradients
             self._displace(displacements[0])
