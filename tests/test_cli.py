@@ -262,7 +262,7 @@ def test_train_writes_metrics_and_a_checkpoint(invoke, tmp_path):
 
 def test_train_without_a_folder_names_it_after_the_run(invoke, tmp_path):
     assert invoke("train --method sgd --replicas 1 --epochs 1 --seed 3", *SMALL).status == 0
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-sgd-M1-rate0.1-seed3"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-sgd-M1-rate0.3-seed3"]
 
 
 def test_train_does_not_overwrite_a_run_unless_it_resumes_it(invoke, tmp_path):
@@ -291,7 +291,7 @@ def test_run_is_not_resumed_with_other_settings(invoke, tmp_path, change, named)
 
 @pytest.mark.parametrize("command", ["train --resume --method sgd --replicas 1 --out run", "compare --out ."])
 def test_damaged_checkpoint_is_named_in_one_line(invoke, tmp_path, command):
-    folder = tmp_path / ("run" if command.startswith("train") else "runs/sgd-M1-rate0.1-seed0")
+    folder = tmp_path / ("run" if command.startswith("train") else "runs/sgd-M1-rate0.3-seed0")
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"garbage")
     before = contents(tmp_path)

@@ -23,7 +23,7 @@ from replica_newton.training.run import (
     save_run,
 )
 
-CONFIG = RunConfig("digits", "paper", replicas=4, epochs=3, batch_size=32, train_limit=128)
+CONFIG = RunConfig("digits", "paper", replicas=4, epochs=3, batch_size=32, train_limit=128, learning_rate=0.1)
 
 
 def epoch(number: int, **changes: Any) -> Epoch:

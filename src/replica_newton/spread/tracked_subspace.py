@@ -17,15 +17,15 @@ class TrackedSubspace:
         A = X Zᵀ + Z Xᵀ − X (Zᵀ X) Xᵀ,
 
     which agrees with Z on X and, H being symmetric, knows half of H elsewhere. It is as symmetric as XᵀZ: exactly for
-    the responses of one H, up to their noise and age otherwise. The next directions are the orthonormal
-    basis of Z: block power iteration, one sweep for `order` probed directions. In the new directions Q the response is
+    the responses of one H, up to their noise and age otherwise. In the new directions Q the response is
     the model's, mixed with what is measured:
 
         S_i = (1 − smoothing) A q_i + smoothing · H q_i     for the directions just probed,
         S_i = A q_i                                         for the others,
 
-    and Rayleigh-Ritz on `sym(Q Sᵀ)` gives the new X and Z. The model carries past probes over as the basis turns, so
-    single directions can take turns, and the noise of mini-batches is averaged.
+    and Rayleigh-Ritz on `sym(Q Sᵀ)` gives the new X and Z. When all directions have been probed, the orthonormal basis
+    of Z takes their place: block power iteration, one sweep for `order` probed directions. The model carries past
+    probes over as the basis turns, so the noise of mini-batches is averaged.
 
     Args:
         order: number of directions, in 1 … N.
@@ -97,18 +97,22 @@ class TrackedSubspace:
         if not bool(torch.isfinite(responses).all()):
             raise ValueError("responses must be finite")
         turn = self._turn(count)
-        self._next += count
         first_sweep = self.sweeps == 0
         modelled = self._responses.clone() if first_sweep else self._model(self._directions)
         weight = 1.0 if first_sweep else self.smoothing
         modelled[turn] = torch.lerp(modelled[turn], responses, weight)
-        if self._next >= self.order:
-            self._next -= self.order
-            self.sweeps += 1
-        if first_sweep and self.sweeps == 0:
-            self._responses = modelled  # the space turns only when every direction has been seen once
+        self._next += count
+        if self._next < self.order:
+            if first_sweep:
+                self._responses = modelled
+            else:
+                self._rayleigh_ritz(modelled)
             return
+        self._next = 0
+        self.sweeps += 1
         self._rayleigh_ritz(modelled)
+        # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
+        self._turn_basis()
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -162,7 +166,7 @@ class TrackedSubspace:
         return along @ self._responses + (across @ self._responses.T) @ self._vectors
 
     def _rayleigh_ritz(self, responses: Tensor) -> None:
-        """New pairs from the directions and their responses, and the directions of the next sweep."""
+        """New pairs from the directions and their responses."""
         projected = inner_products(self._directions, responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
@@ -170,9 +174,12 @@ class TrackedSubspace:
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
+
+    def _turn_basis(self) -> None:
+        """Directions of the next sweep: the basis of the responses."""
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
         longest = float(torch.linalg.vector_norm(self._responses, dim=1).max())
-        self._directions = _orthonormal(self._responses + (1e-6 * longest or 1.0) * self._vectors)
+        self._directions = _orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

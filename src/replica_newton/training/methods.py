@@ -22,8 +22,8 @@ class Method:
 
     Attributes:
         description: what it does, in a few words.
-        learning_rate: used where none is given: the best of a grid for the reference network on MNIST, ReLU, batch
-            256, 5 epochs (see docs/results.md).
+        learning_rate: used where none is given: of the rates tried on MNIST (docs/results.md), the best at which no
+            run diverged, whatever M.
         parts_replicas: whether replicas stand at different parameters; where they do not, their number changes
             nothing and the method is run with one.
         make: optimizer of (parameters, rate, topology).
@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "momentum": Method("SGD with momentum 0.9", 0.03, False, lambda w, rate, _: torch.optim.SGD(w, rate, momentum=0.9)),
     "adam": Method("Adam", 0.01, False, lambda w, rate, _: torch.optim.Adam(w, rate)),
     "paper": Method(
-        "the paper's step, secants on every replica's own shard", 0.1, True, _replica_newton("paper", LocalStep, "own")
+        "the paper's step, secants on every replica's own shard", 0.05, True, _replica_newton("paper", LocalStep, "own")
     ),
     "paper-common": Method(
         "the paper's step, secants on one common shard", 0.1, True, _replica_newton("paper", LocalStep, "common")
@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
     # With a damping of 1 no direction is stepped along faster than by SGD at the same rate, however flat it looks.
     "saddle-free": Method(
         "1/(1 + |θ|) with Ritz values θ in place of the paper's 1/σ, secants on one common shard",
-        0.3,
+        0.1,
         True,
         _replica_newton("saddle-free", LocalStep, "common", damping=1.0),
     ),

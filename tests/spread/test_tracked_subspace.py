@@ -1,0 +1,306 @@
+"""The tracked space on matrices whose eigenpairs are known."""
+
+import io
+
+import pytest
+import torch
+from reference import F64, normal, symmetric
+from torch import Tensor
+
+from replica_newton import TrackedSubspace
+
+TOP = torch.tensor([10.0, -8.0, 6.0, 5.0, -4.0, 3.0, 2.5, 2.2], dtype=F64)
+SPECTRUM = torch.cat((TOP, torch.linspace(1.0, -1.0, 32, dtype=F64)))
+N, ORDER = len(SPECTRUM), len(TOP)
+
+
+def probe(space: TrackedSubspace, H: Tensor, count: int = ORDER, *, times: int = 1) -> None:
+    for _ in range(times):
+        space.observe(space.directions(count).to(F64) @ H)
+
+
+def by_magnitude(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues by magnitude descending and eigenvectors as rows."""
+    values, vectors = torch.linalg.eigh(H)
+    order = values.abs().argsort(descending=True)
+    return values[order], vectors[:, order].T
+
+
+def assert_orthonormal(rows: Tensor) -> None:
+    gram = rows.to(F64) @ rows.to(F64).T
+    torch.testing.assert_close(gram, torch.eye(len(rows), dtype=F64), rtol=0.0, atol=2e-6)
+
+
+def assert_equal_states(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name], name
+
+
+def copied(state: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("count", [ORDER, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_exact_responses_converge_to_the_top_eigenpairs_with_their_signs(count: int, seed: int):
+    H = symmetric(SPECTRUM, seed=seed)
+    space = TrackedSubspace(ORDER, N, smoothing=1.0, seed=seed)
+    probe(space, H, count, times=16 * ORDER // count)
+    torch.testing.assert_close(space.eigenvalues, TOP, rtol=1e-4, atol=0.0)
+    # Here a basis turned after every probe locked on to -1.27, which is no eigenvalue, with a residual of 1e-5.
+    cosines = (space.eigenvectors.to(F64) * by_magnitude(H)[1][:ORDER]).sum(dim=1).abs()
+    assert float(cosines.min()) > 0.9999
+    assert float(space.residuals.max()) < 1e-2
+
+
+@pytest.mark.parametrize(("smoothing", "count"), [(1.0, ORDER), (0.5, 1), (0.3, 3), (0.7, 5)])
+def test_directions_and_eigenvectors_are_orthonormal_at_all_times(smoothing: float, count: int):
+    space = TrackedSubspace(ORDER, N, smoothing=smoothing)
+    for step in range(30):
+        assert_orthonormal(space.directions(ORDER))
+        assert_orthonormal(space.eigenvectors)
+        probe(space, symmetric(1e3 * SPECTRUM, seed=step % 3), count)
+
+
+@pytest.mark.parametrize("sweeps", [1, 3, 12])
+def test_residuals_are_those_of_the_matrix_when_all_responses_are_its_own(sweeps: int):
+    H = symmetric(SPECTRUM, seed=0)
+    space = TrackedSubspace(ORDER, N, smoothing=1.0)
+    probe(space, H, times=sweeps)
+    vectors = space.eigenvectors.to(F64)
+    direct = (vectors @ H - space.eigenvalues[:, None] * vectors).norm(dim=1)
+    torch.testing.assert_close(space.residuals, direct, rtol=1e-4, atol=1e-5)
+    # By then the first are converged and the last not yet, so that both ends of the scale are seen.
+    assert sweeps != 3 or float(direct[0]) < 1.0 < 10.0 * float(direct[-1])
+
+
+def model(space: TrackedSubspace) -> Tensor:
+    return space._model(torch.eye(N)).to(F64)
+
+
+def test_the_model_is_symmetric_and_agrees_with_one_matrix_on_the_space():
+    H = symmetric(SPECTRUM, seed=0)
+    space = TrackedSubspace(ORDER, N, smoothing=1.0)
+    probe(space, H, times=3)
+    A, X = model(space), space.eigenvectors.to(F64)
+    torch.testing.assert_close(A, A.T, rtol=0.0, atol=2e-5)
+    torch.testing.assert_close(X @ A, X @ H, rtol=0.0, atol=2e-5)
+    # It knows half of H elsewhere: H less its part across the space.
+    across = torch.eye(N, dtype=F64) - X.T @ X
+    torch.testing.assert_close(A, H - across @ H @ across, rtol=0.0, atol=2e-5)
+
+
+def test_the_model_agrees_with_the_responses_on_the_space_whatever_they_are():
+    space = TrackedSubspace(ORDER, N, smoothing=0.4)
+    for seed in range(20):
+        space.observe(normal(3, N, seed=seed))
+    state = space.state_dict()
+    torch.testing.assert_close(state["vectors"] @ model(space).float(), state["responses"], rtol=0.0, atol=1e-5)
+
+
+def test_smoothing_averages_noise():
+    def error(smoothing: float, seed: int) -> float:
+        H = symmetric(SPECTRUM, seed=seed)
+        space = TrackedSubspace(ORDER, N, smoothing=smoothing, seed=seed)
+        errors = []
+        for step in range(300):
+            noise = 0.1 * normal(N, N, seed=1000 * seed + step)
+            probe(space, H + noise + noise.T, 2)
+            if step >= 150:
+                errors.append(((space.eigenvalues - TOP) / TOP).abs()[:5].mean())
+        return float(torch.stack(errors).mean())
+
+    for seed in range(3):
+        assert error(0.2, seed) < 0.5 * error(1.0, seed)
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 1.0])
+def test_the_space_follows_a_matrix_that_rotates_slowly(smoothing: float):
+    H = symmetric(SPECTRUM, seed=0)
+    start = by_magnitude(H)[1][0]
+    skew = normal(N, N, seed=1)
+    rotation = torch.linalg.matrix_exp(5e-4 * (skew - skew.T))
+    space = TrackedSubspace(ORDER, N, smoothing=smoothing)
+    for _ in range(300):
+        H = rotation @ H @ rotation.T
+        probe(space, H, 1)
+    top = by_magnitude(H)[1][0]
+    assert abs(float(start @ top)) < 0.5
+    assert abs(float(space.eigenvectors[0].to(F64) @ top)) > 0.99
+    torch.testing.assert_close(space.eigenvalues[:5], TOP[:5], rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("count", [1, 3, ORDER])
+def test_there_is_nothing_to_see_before_every_direction_has_been_probed(count: int):
+    space = TrackedSubspace(ORDER, N)
+    H = symmetric(SPECTRUM, seed=0)
+    for _ in range(-(-ORDER // count)):
+        assert space.sweeps == 0
+        assert space.eigenvalues.shape == space.residuals.shape == (0,)
+        assert space.eigenvectors.shape == (0, N)
+        probe(space, H, count)
+    assert space.sweeps == 1
+    assert space.eigenvalues.shape == space.residuals.shape == (ORDER,)
+    assert space.eigenvalues.dtype == space.residuals.dtype == F64
+    assert space.eigenvectors.shape == (ORDER, N)
+
+
+def test_the_first_sweep_gives_the_ritz_values_of_the_random_directions():
+    H = symmetric(SPECTRUM, seed=0)
+    space = TrackedSubspace(ORDER, N, smoothing=0.1)
+    Q = space.directions(ORDER).to(F64)
+    probe(space, H, 3, times=3)
+    torch.testing.assert_close(space.eigenvalues, by_magnitude(Q @ H @ Q.T)[0], rtol=0.0, atol=1e-5)
+
+
+def test_directions_are_probed_in_turn():
+    space = TrackedSubspace(5, N)
+    first = space.directions(5)
+    assert torch.equal(space.directions(2), first[:2])
+    probe(space, symmetric(SPECTRUM, seed=0), 2)
+    assert torch.equal(space.directions(4), first[[2, 3, 4, 0]])
+    probe(space, symmetric(SPECTRUM, seed=0), 2)
+    assert torch.equal(space.directions(1), first[4:])
+    probe(space, symmetric(SPECTRUM, seed=0), 1)
+    assert (space.directions(5) @ first.T).abs().max() < 0.9
+
+
+@pytest.mark.parametrize("count", [6, 1])
+def test_a_matrix_of_lower_rank_has_no_other_eigenvalues(count: int):
+    H = symmetric(torch.cat((torch.tensor([3.0, -2.0, 1.0]), torch.zeros(N - 3))), seed=0)
+    space = TrackedSubspace(6, N, smoothing=1.0)
+    for _ in range(60):
+        probe(space, H, count)
+        assert_orthonormal(space.directions(6))
+    expected = torch.tensor([3.0, -2.0, 1.0, 0.0, 0.0, 0.0], dtype=F64)
+    torch.testing.assert_close(space.eigenvalues, expected, rtol=0.0, atol=1e-4)
+    assert_orthonormal(space.eigenvectors)
+
+
+@pytest.mark.parametrize("zeros", [1, 3, 10])
+def test_after_sweeps_without_response_curvature_is_still_found_wherever_it_appears(zeros: int):
+    space = TrackedSubspace(3, N, smoothing=1.0)
+    for _ in range(zeros):
+        probe(space, torch.zeros(N, N, dtype=F64), 3)
+        assert torch.equal(space.eigenvalues, torch.zeros(3, dtype=F64))
+        assert torch.equal(space.residuals, torch.zeros(3, dtype=F64))
+        assert_orthonormal(space.directions(3))
+    # Flat along the first axes: inputs that are always zero, say.
+    H = torch.cat((torch.zeros(N - 4), torch.tensor([5.0, -4.0, 3.0, 0.5]))).to(F64).diag()
+    probe(space, H, 3, times=20)
+    torch.testing.assert_close(space.eigenvalues, torch.tensor([5.0, -4.0, 3.0]).to(F64), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_space_of_all_directions_knows_the_whole_spectrum_at_once(size: int):
+    H = symmetric(normal(size, seed=3), seed=1)
+    space = TrackedSubspace(size, size, smoothing=1.0)
+    probe(space, H, size)
+    torch.testing.assert_close(space.eigenvalues, by_magnitude(H)[0], rtol=0.0, atol=1e-5)
+    assert float(space.residuals.max()) < 1e-5
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, -1.0, 2.0**40])
+def test_a_multiple_of_the_matrix_has_multiples_of_the_eigenvalues(factor: float):
+    H = symmetric(SPECTRUM, seed=0)
+    spaces = [TrackedSubspace(ORDER, N), TrackedSubspace(ORDER, N)]
+    for space, matrix in zip(spaces, (H, factor * H), strict=True):
+        probe(space, matrix, 3, times=60)
+    torch.testing.assert_close(spaces[1].eigenvalues, factor * spaces[0].eigenvalues, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(spaces[1].residuals, abs(factor) * spaces[0].residuals, rtol=1e-3, atol=1e-5 * abs(factor))
+
+
+def test_the_order_of_the_parameters_does_not_matter():
+    H, permutation = symmetric(SPECTRUM, seed=0), normal(N, seed=5).argsort()
+    space, permuted = TrackedSubspace(ORDER, N), TrackedSubspace(ORDER, N)
+    state = copied(space.state_dict())
+    permuted.load_state_dict(state | {"directions": state["directions"][:, permutation]})
+    for _ in range(20):
+        probe(space, H, 3)
+        probe(permuted, H[permutation][:, permutation], 3)
+        torch.testing.assert_close(permuted.eigenvalues, space.eigenvalues, rtol=0.0, atol=1e-3)
+
+
+def through_a_file(state: dict) -> dict:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("probes", [0, 2, 3, 11])
+def test_a_loaded_state_goes_on_bit_for_bit(probes: int):
+    H = symmetric(SPECTRUM, seed=0)
+    space = TrackedSubspace(ORDER, N, smoothing=0.3)
+    probe(space, H, 3, times=probes)
+    state = space.state_dict()
+    expected = copied(state)
+    resumed = TrackedSubspace(ORDER, N, smoothing=0.9, seed=5)
+    resumed.load_state_dict(through_a_file(state))
+    assert_equal_states(resumed.state_dict(), expected)
+    for each in (space, resumed):
+        probe(each, H, 3, times=5)
+    assert_equal_states(resumed.state_dict(), space.state_dict())
+    # A state that is kept does not go on with the space.
+    assert_equal_states(state, expected)
+
+
+@pytest.mark.parametrize("shape", [(ORDER, N + 1), (ORDER - 1, N)])
+def test_the_state_of_another_shape_is_refused(shape: tuple[int, int]):
+    space = TrackedSubspace(ORDER, N)
+    before = copied(space.state_dict())
+    with pytest.raises(ValueError, match=rf"state has \(order, N\) = \({shape[0]}, {shape[1]}\), the space \(8, 40\)"):
+        space.load_state_dict(TrackedSubspace(*shape).state_dict())
+    assert_equal_states(space.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 0}, r"order=0 must be in \[1, 40\]"),
+        ({"order": 41}, r"order=41 must be in \[1, 40\]"),
+        ({"smoothing": 0.0}, r"smoothing=0.0 must be in \(0, 1\]"),
+        ({"smoothing": 1.5}, r"smoothing=1.5 must be in \(0, 1\]"),
+        ({"smoothing": float("nan")}, r"smoothing=nan must be in \(0, 1\]"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TrackedSubspace(**({"order": ORDER, "size": N} | options))
+
+
+@pytest.mark.parametrize("count", [0, ORDER + 1])
+def test_no_more_directions_are_given_than_there_are(count: int):
+    with pytest.raises(ValueError, match=rf"count={count} must be in \[1, 8\], the order of the space"):
+        TrackedSubspace(ORDER, N).directions(count)
+
+
+BAD = {
+    "wide": (torch.ones(2, N + 1), r"must be \(count, 40\), 1 <= count <= 8, got \(2, 41\)"),
+    "none": (torch.ones(0, N), r"got \(0, 40\)"),
+    "too-many": (torch.ones(ORDER + 1, N), r"got \(9, 40\)"),
+    "flat": (torch.ones(N), r"got \(40,\)"),
+    "nan": (torch.full((2, N), float("nan")), "must be finite"),
+    "inf": (torch.eye(2, N) * float("inf"), "must be finite"),
+    "beyond-fp32": (torch.full((2, N), 1e39, dtype=F64), "must be finite"),
+}
+
+
+@pytest.mark.parametrize(("responses", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("probes", [1, 10])
+def test_a_response_that_cannot_be_used_leaves_the_space_as_it_was(responses: Tensor, message: str, probes: int):
+    space = TrackedSubspace(ORDER, N)
+    probe(space, symmetric(SPECTRUM, seed=0), 3, times=probes)
+    before = copied(space.state_dict())
+    with pytest.raises(ValueError, match=message):
+        space.observe(responses)
+    assert_equal_states(space.state_dict(), before)
+
+
+def test_the_seed_chooses_the_first_directions_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    first, again, other = (TrackedSubspace(ORDER, N, seed=seed).directions(ORDER) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)

@@ -1,0 +1,366 @@
+"""What a monitor reports and leaves alone, on small networks whose dense Hessian is at hand."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+from networks import Problem, closure_of, copies, flat, separable_quadratic, trained
+from reference import F64, generator, normal
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, dropout, mse_loss
+
+from replica_newton import CurvatureMonitor, CurvatureObservation
+
+INPUTS, LABELS = normal(24, 5, seed=1).float(), torch.randint(3, (24,), generator=generator(2))
+
+
+def network(*layers: nn.Module) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *layers, nn.Linear(8, 3))
+
+
+def classification(*layers: nn.Module) -> Problem:
+    return Problem(network(*layers), cross_entropy, (INPUTS,), LABELS)
+
+
+def loss_of(problem: Problem) -> Callable[[], Tensor]:
+    return lambda: problem.criterion(problem.module(*problem.inputs), problem.targets)
+
+
+def repeated(problem: Problem, M: int) -> Problem:
+    """The first shard of 24/M samples, M times."""
+    rows = len(problem.targets) // M
+    inputs = tuple(tensor[:rows].repeat(M, *[1] * (tensor.dim() - 1)) for tensor in problem.inputs)
+    return problem._replace(inputs=inputs, targets=problem.targets[:rows].repeat(M, *[1] * (problem.targets.dim() - 1)))
+
+
+def dense_spectrum(loss: Tensor, module: nn.Module) -> Tensor:
+    """Exact eigenvalues over the trained parameters, by magnitude descending."""
+    parameters = trained(module)
+    gradient = flat_graph(torch.autograd.grad(loss, parameters, create_graph=True))
+    rows = [flat(torch.autograd.grad(element, parameters, retain_graph=True)) for element in gradient]
+    values = torch.linalg.eigvalsh(torch.stack(rows).to(F64))
+    return values[values.abs().argsort(descending=True)]
+
+
+def flat_graph(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def watched(monitor: CurvatureMonitor, evaluate: object, probes: int) -> CurvatureObservation:
+    for _ in range(probes):
+        seen = monitor.observe(evaluate)
+    return seen
+
+
+def bits(tensors: list[Tensor]) -> list[bytes]:
+    return [tensor.detach().contiguous().numpy().tobytes() for tensor in tensors]
+
+
+def everything(module: nn.Module) -> list[bytes]:
+    tensors = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    return [*bits(tensors), *bits([torch.get_rng_state()])]
+
+
+NETWORKS = {
+    "fp32": classification,
+    "fp64": networks.mlp,
+    "tied": networks.tied,
+    "frozen": networks.frozen,
+    "convolution": networks.convnet,
+    "recurrent": networks.recurrent,
+    "batch-norm": lambda: classification(nn.BatchNorm1d(8)),
+}
+
+
+@pytest.mark.parametrize("M", [None, 1, 4], ids=["loss", "one-replica", "four-replicas"])
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+def test_eigenvalues_are_those_of_the_dense_hessian(build: Callable[[], Problem], M: int | None):
+    """Top within 1 %, top five within 5 %; the space is fp32 whatever the network."""
+    problem = repeated(build(), M or 1)
+    monitor = CurvatureMonitor(problem.module, every=1)
+    seen = watched(monitor, loss_of(problem) if M is None else closure_of(problem, M), 800 // (M or 1))
+    exact = dense_spectrum(loss_of(problem)(), problem.module)
+    assert monitor.subspace.eigenvectors.shape == (8, len(exact))
+    torch.testing.assert_close(seen.eigenvalues[:1], exact[:1], rtol=0.01, atol=0.0)
+    torch.testing.assert_close(seen.eigenvalues[:5], exact[:5], rtol=0.05, atol=0.0)
+    assert seen.sharpness == float(seen.eigenvalues.max())
+    assert seen.learning_rate == 1.0 / seen.sharpness
+    assert seen.residuals.shape == (8,)
+
+
+def test_weight_decay_in_the_loss_adds_its_coefficient_to_the_eigenvalues():
+    problem, decay = classification(), 0.5
+
+    def regularised() -> Tensor:
+        return loss_of(problem)() + decay / 2 * sum(p.square().sum() for p in problem.module.parameters())
+
+    seen = watched(CurvatureMonitor(problem.module, every=1), regularised, 400)
+    exact = dense_spectrum(loss_of(problem)(), problem.module)
+    torch.testing.assert_close(seen.eigenvalues[:3], exact[:3] + decay, rtol=2e-3, atol=0.0)
+
+
+def test_with_dropout_they_are_those_of_the_thinned_network():
+    """Nothing else draws random numbers, so all probes see one mask; another at w + h q would show as noise over h."""
+    problem = classification(nn.Dropout(0.5))
+    torch.manual_seed(7)
+    seen = watched(CurvatureMonitor(problem.module, every=1), loss_of(problem), 600)
+    mask = dropout(torch.ones(24, 8), 0.5)  # same mask: the random state is that before the probes
+    first, tanh, _, last = problem.module
+    exact = dense_spectrum(cross_entropy(last(mask * tanh(first(INPUTS))), LABELS), problem.module)
+    torch.testing.assert_close(seen.eigenvalues[:1], exact[:1], rtol=0.01, atol=0.0)
+    torch.testing.assert_close(seen.eigenvalues[:5], exact[:5], rtol=0.05, atol=0.0)
+
+
+class Counting(nn.Module):
+    """Buffers that a forward pass replaces, or cannot write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("zeros", torch.zeros(1).expand(8))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        self.passes = self.passes + 1.0
+        return x + self.zeros
+
+
+@pytest.mark.parametrize("M", [None, 3], ids=["loss", "three-replicas"])
+def test_a_probe_leaves_parameters_gradients_buffers_and_random_state_bit_for_bit(M: int | None):
+    problem = classification(nn.BatchNorm1d(8), nn.Dropout(0.5), *([Counting()] if M is None else []))
+    problem.module[0].bias.requires_grad_(False).fill_(-0.0)
+    loss_of(problem)().backward()
+    before, versions = everything(problem.module), [p.data_ptr() for p in problem.module.parameters()]
+    seen = watched(
+        CurvatureMonitor(problem.module, every=1), loss_of(problem) if M is None else closure_of(problem, M), 9
+    )
+    assert everything(problem.module) == before
+    assert [p.data_ptr() for p in problem.module.parameters()] == versions
+    assert float(seen.eigenvalues.abs().min()) > 0.0
+    loss_of(problem)()  # which does change them
+    assert everything(problem.module) != before
+
+
+def test_an_error_while_probing_leaves_all_as_it_was():
+    problem = classification(nn.BatchNorm1d(8), nn.Dropout(0.5))
+    monitor = CurvatureMonitor(problem.module, every=1)
+    points: list[Tensor] = []
+
+    def failing() -> Tensor:
+        loss = loss_of(problem)()
+        points.append(flat(trained(problem.module)))
+        if len(points) == 2:
+            raise ZeroDivisionError
+        return loss
+
+    before = everything(problem.module)
+    with pytest.raises(ZeroDivisionError):
+        monitor.observe(failing)
+    assert everything(problem.module) == before
+    assert float((points[1] - points[0]).norm()) == pytest.approx(1e-3 * float(points[0].norm()), rel=1e-3)
+
+
+def test_a_graph_made_before_a_probe_is_refused():
+    """Its parameters have been written to: an error, not a wrong gradient."""
+    problem = classification()
+    loss = loss_of(problem)()
+    CurvatureMonitor(problem.module, every=1).observe(loss_of(problem))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+def test_an_autocast_around_the_call_changes_nothing(grad_mode: Callable):
+    problem = classification()
+    monitors = [CurvatureMonitor(problem.module, every=1, reuse_gradient=True) for _ in range(2)]
+    loss_of(problem)().backward()
+    for _ in range(20):
+        expected = monitors[0].observe(loss_of(problem))
+        with torch.autocast("cpu", torch.bfloat16):
+            with grad_mode():
+                seen = monitors[1].observe(loss_of(problem))
+            during = loss_of(problem)()
+        assert torch.equal(seen.eigenvalues, expected.eigenvalues)
+        # Nor does the autocast keep casts of displaced parameters.
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss_of(problem)(), during)
+    assert float(seen.sharpness) > 0.1
+
+
+@pytest.mark.parametrize(("reuse", "evaluations"), [(False, 2), (True, 1)])
+def test_a_probe_costs_two_evaluations_or_one_and_the_calls_between_none(reuse: bool, evaluations: int):
+    problem, calls = classification(), 0
+
+    def counted() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss_of(problem)()
+
+    monitor = CurvatureMonitor(problem.module, every=3, reuse_gradient=reuse)
+    loss_of(problem)().backward()
+    for step in range(8):
+        seen = monitor.observe(counted)
+        assert calls == evaluations * (step // 3 + 1)
+        assert (seen is not None) == (step % 3 == 0)
+        assert monitor.last.step == step // 3 * 3
+        assert seen is None or seen is monitor.last
+    assert monitor.steps == 8
+    assert monitor.samples_evaluated == 0
+
+
+def test_a_reused_gradient_gives_the_same_pairs_as_an_evaluated_one():
+    problem = classification(nn.BatchNorm1d(8))
+    loss_of(problem)().backward()
+    seen = [
+        watched(CurvatureMonitor(problem.module, every=1, reuse_gradient=reuse), loss_of(problem), 20)
+        for reuse in (False, True)
+    ]
+    assert torch.equal(seen[0].eigenvalues, seen[1].eigenvalues)
+    assert seen[0].captured_gradient_fraction == seen[1].captured_gradient_fraction
+
+
+def test_without_a_gradient_there_is_none_to_reuse():
+    problem = classification()
+    monitor = CurvatureMonitor(problem.module, reuse_gradient=True)
+    with pytest.raises(ValueError, match="reuse_gradient=True needs the .grad that backward leaves, got none"):
+        monitor.observe(loss_of(problem))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_samples_are_counted_where_the_replicas_know_them(reuse: bool):
+    problem = classification()
+    monitor, closure = CurvatureMonitor(problem.module, every=2, reuse_gradient=reuse), closure_of(problem, 3)
+    closure()
+    watched(monitor, closure, 5)
+    assert monitor.samples_evaluated == 3 * 2 * 24
+    assert closure.samples_evaluated == 24 + monitor.samples_evaluated
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["at-w", "displaced"])
+@pytest.mark.parametrize("earlier", [3, 12])
+def test_a_gradient_that_is_not_finite_is_an_error_and_leaves_the_space_usable(failing: int, earlier: int):
+    problem = classification()
+    monitor, undisturbed = (CurvatureMonitor(problem.module, every=1) for _ in range(2))
+    for each in (monitor, undisturbed):
+        watched(each, loss_of(problem), earlier)
+    factors = iter([1.0] * failing + [float("nan")] + [1.0])
+    with pytest.raises(FloatingPointError, match=f"gradient at step {earlier} is not finite"):
+        monitor.observe(lambda: next(factors) * loss_of(problem)())
+    seen, expected = (watched(each, loss_of(problem), 10) for each in (monitor, undisturbed))
+    assert torch.equal(seen.eigenvalues, expected.eigenvalues)
+    assert seen.step == expected.step + 1
+
+
+@pytest.mark.parametrize("M", [2, 6])
+def test_the_noise_scale_is_the_variance_of_a_sample_over_the_squared_mean(M: int):
+    problem = networks.mlp()
+    g = copies(problem, flat(trained(problem.module)).expand(M, -1)).gradients
+    mean = sum(g) / M
+    variance_of_shards = sum((row - mean) @ (row - mean) for row in g) / (M - 1)
+    of_a_sample = 24 / M * variance_of_shards
+    expected = of_a_sample / (mean @ mean - variance_of_shards / M)
+    seen = CurvatureMonitor(problem.module).observe(closure_of(problem, M))
+    assert float(expected) > 0.0
+    assert seen.gradient_noise_scale == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_the_noise_scale_needs_two_replicas_and_is_infinite_without_a_signal():
+    problem = separable_quadratic([3.0, 2.0], [0.0, 0.0])
+    problem = problem._replace(
+        targets=torch.ones(24, 2).to(F64) * torch.tensor([1.0, -1.0]).repeat_interleave(12)[:, None]
+    )
+    monitor = CurvatureMonitor(problem.module, rank=2, every=1)
+    assert monitor.observe(loss_of(problem)).gradient_noise_scale is None
+    assert monitor.observe(closure_of(problem, 1)).gradient_noise_scale is None
+    assert monitor.observe(closure_of(problem, 2)).gradient_noise_scale == float("inf")
+
+
+def test_the_captured_fraction_is_that_of_the_projected_mean_gradient():
+    problem = networks.mlp()
+    monitor = CurvatureMonitor(problem.module, rank=5, every=1)
+    assert monitor.observe(closure_of(problem, 4)).captured_gradient_fraction == 0.0
+    seen = watched(monitor, closure_of(problem, 4), 5)
+    g = flat(torch.autograd.grad(loss_of(problem)(), trained(problem.module)))
+    X = monitor.subspace.eigenvectors.to(F64)
+    projected = X.T @ torch.linalg.solve(X @ X.T, X @ g)
+    assert 0.01 < seen.captured_gradient_fraction < 0.99
+    assert seen.captured_gradient_fraction == pytest.approx(float(projected @ projected / (g @ g)), rel=1e-5)
+
+
+def test_in_the_first_sweep_there_is_no_sharpness():
+    problem = classification()
+    monitor = CurvatureMonitor(problem.module, rank=3, every=1)
+    for seen in (monitor.observe(loss_of(problem)), monitor.observe(loss_of(problem))):
+        assert seen.eigenvalues.shape == seen.residuals.shape == (0,)
+        assert seen.sharpness != seen.sharpness
+        assert seen.learning_rate != seen.learning_rate
+    assert monitor.observe(loss_of(problem)).eigenvalues.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("curvatures", "sharpness", "rate"),
+    [([-5.0, 2.0, 1.0], 2.0, 0.5), ([-3.0, -2.0, -1.0], -1.0, float("nan")), ([0.0, 0.0, 0.0], 0.0, float("nan"))],
+)
+def test_the_sharpness_is_the_largest_eigenvalue_and_the_rate_its_inverse(
+    curvatures: list[float], sharpness: float, rate: float
+):
+    problem = separable_quadratic(curvatures, [1.0, -2.0, 3.0])
+    seen = watched(CurvatureMonitor(problem.module, rank=3, every=1), closure_of(problem, 3), 20)
+    assert seen.sharpness == pytest.approx(sharpness, rel=1e-4)
+    assert seen.learning_rate == pytest.approx(rate, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("steps", [0, 5, 31])
+def test_a_loaded_state_goes_on_bit_for_bit(steps: int):
+    problem = classification()
+    monitor = CurvatureMonitor(problem.module, every=2)
+    watched(monitor, loss_of(problem), steps) if steps else None
+    buffer = io.BytesIO()
+    torch.save(monitor.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = CurvatureMonitor(copy.deepcopy(problem.module), every=2, seed=4)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for each in (monitor, resumed):
+        watched(each, loss_of(Problem(each._model, *problem[1:])), 20)
+    assert resumed.last.step == monitor.last.step
+    assert torch.equal(resumed.last.eigenvalues, monitor.last.eigenvalues)
+    assert torch.equal(resumed.subspace.eigenvectors, monitor.subspace.eigenvectors)
+
+
+def test_the_state_of_another_rank_is_refused():
+    module = network()
+    with pytest.raises(ValueError, match=r"state has \(order, N\) = \(4, 75\), the space \(8, 75\)"):
+        CurvatureMonitor(module).load_state_dict(CurvatureMonitor(module, rank=4).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, r"order=0 must be in \[1, 75\], the number of parameters"),
+        ({"rank": 76}, r"order=76 must be in \[1, 75\]"),
+        ({"every": 0}, "every=0 must be >= 1"),
+        ({"smoothing": 0.0}, "smoothing=0.0 must be in"),
+        ({"relative_step": 0.0}, r"relative_step=0.0 must be in \(0, 1\)"),
+        ({"relative_step": float("nan")}, r"relative_step=nan must be in \(0, 1\)"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        CurvatureMonitor(network(), **options)
+
+
+def test_a_model_in_half_precision_or_with_nothing_to_train_is_refused():
+    with pytest.raises(TypeError, match=r"parameters must be fp32 or fp64 to be probed, got torch.bfloat16"):
+        CurvatureMonitor(network().bfloat16())
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
+        CurvatureMonitor(network().requires_grad_(False))
+
+
+def test_replicas_beyond_the_rank_have_no_direction():
+    problem = classification()
+    with pytest.raises(ValueError, match=r"count=6 must be in \[1, 4\], the order of the space"):
+        CurvatureMonitor(problem.module, rank=4).observe(closure_of(problem, 6))
