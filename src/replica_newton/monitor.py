@@ -59,7 +59,8 @@ class CurvatureMonitor:
         every: calls of `observe` from one probe to the next.
         smoothing: see `TrackedSubspace`.
         relative_step: h over `max(‖w‖, 1)`; q has unit length. The default weighs the rounding of fp32 gradients
-            against the change of the Hessian along the way.
+            against the change of the Hessian along the way. Where a kink (ReLU, max-pooling) is crossed, the jump of
+            the gradient over h counts as curvature.
         reuse_gradient: take the gradient at w from `.grad` instead of evaluating it: one gradient a probe. Right only
             if `.grad` is that of the very same loss, not clipped, scaled or accumulated, and the network draws no
             random numbers. Replicas need a gradient each, and always evaluate it.

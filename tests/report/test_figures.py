@@ -132,3 +132,18 @@ def test_settings_of_the_user_are_neither_used_nor_changed(ladder):
 def test_pyplot_is_not_loaded():
     code = "import sys, replica_newton.report.html; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_legend_of_many_long_labels_stays_inside_the_figure(make_run, make_summary):
+    methods = [
+        ("sgd", 1),
+        ("adam", 1),
+        ("paper-common", 8),
+        ("paper-random", 8),
+        *(("saddle-free", M) for M in (2, 4, 8)),
+    ]
+    runs = [make_run(*method, rate=rate, nll=[0.5, 0.2]) for method in methods for rate in (0.03, 0.1)]
+    figure = convergence_figure(make_summary(*runs))
+    figure.canvas.draw()
+    frame = figure.legends[0].get_window_extent()
+    assert 0 <= frame.x0 < frame.x1 <= figure.bbox.x1

@@ -64,7 +64,7 @@ def test_seed_that_diverged_stays_the_worst_in_later_epochs(make_run, make_summa
     # Without the diverged seed the last median would be 0.35.
     assert series.nll == ((0.8, 0.7, 0.9), (0.6, 0.5, math.inf), (0.4, 0.3, math.inf))
     assert series.final_nll == (0.4, 0.3, math.inf)
-    assert series.label == "paper, M = 2 (1 of 3 seeds diverged)"
+    assert series.label == "paper, M = 2 (1/3 diverged)"
 
 
 def test_best_rate_has_the_lowest_last_median(make_run, make_summary):
@@ -153,3 +153,9 @@ def test_one_replica_is_not_compared_with_sgd(make_run, make_summary):
 
 def test_headline_before_the_first_epoch(make_run, make_summary):
     assert headline(make_summary(make_run("sgd", 1, nll=[]))) == "No epoch has finished yet."
+
+
+def test_rate_at_which_fewer_runs_diverge_is_the_better_one(make_run, make_summary):
+    ends = {0.1: (0.2, 0.2, 0.2), 0.3: (0.1, 0.1, math.nan)}
+    runs = [make_run("paper", 4, seed=i, rate=r, nll=[1.0, e]) for r, es in ends.items() for i, e in enumerate(es)]
+    assert [(one.learning_rate, one.best) for one in group_runs(make_summary(*runs))] == [(0.1, True), (0.3, False)]

@@ -208,7 +208,9 @@ def test_a_multiple_of_the_matrix_has_multiples_of_the_eigenvalues(factor: float
     for space, matrix in zip(spaces, (H, factor * H), strict=True):
         probe(space, matrix, 3, times=60)
     torch.testing.assert_close(spaces[1].eigenvalues, factor * spaces[0].eigenvalues, rtol=1e-4, atol=0.0)
-    torch.testing.assert_close(spaces[1].residuals, abs(factor) * spaces[0].residuals, rtol=1e-3, atol=1e-5 * abs(factor))
+    torch.testing.assert_close(
+        spaces[1].residuals, abs(factor) * spaces[0].residuals, rtol=1e-3, atol=1e-5 * abs(factor)
+    )
 
 
 def test_the_order_of_the_parameters_does_not_matter():

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from replica_newton.files import replace_file
 from replica_newton.report.colours import line_colours
 from replica_newton.report.formats import format_count
-from replica_newton.report.summary import Series, Summary, group_runs
+from replica_newton.report.summary import Series, Summary, dataset_name, group_runs
 
 FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
 
@@ -28,8 +28,9 @@ _KNOWN_MARKERS = {"sgd": "o", "momentum": "s", "adam": "D", "paper": "^", "saddl
 _FURTHER_MARKERS = "PX*"
 _DPI = 180
 _HEIGHT = 4.5
-_LEGEND_COLUMN = 4
-_LEGEND_LINE = 90
+_LEGEND_LINE = 96
+_LEGEND_SAMPLE = 7
+_LEGEND_ROWS = 4
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#808080",
@@ -123,7 +124,8 @@ def _title(summary: Summary) -> str:
     """Title that names the task."""
     task = summary["task"]
     return (
-        f"{task['dataset']}: {task['activation']} network with {task['parameters']:,} parameters, "
+        f"{dataset_name(task['dataset'])}: {task['activation'].replace('relu', 'ReLU')} network with "
+        f"{task['parameters']:,} parameters, "
         f"{task['train_samples']:,} samples, batch size {task['batch_size']:,}"
     )
 
@@ -226,17 +228,22 @@ def _legend_columns(drawn: Sequence[Series]) -> list[list[int]]:
         drawn: Series that are drawn.
 
     Returns:
-        One entry a column if all fit into a line; else a column for each method with several numbers of replicas, and
-        one for all other methods.
+        The first that fits the width of the figure: one entry a column; a column for each method with several numbers
+        of replicas, and one for all other methods; ever fewer columns of equal length.
     """
-    if sum(len(series.label) + 6 for series in drawn) <= _LEGEND_LINE:
-        return [[i] for i in range(len(drawn))]
+    count = len(drawn)
     methods = [series.method for series in drawn]
-    columns: dict[str, list[int]] = {}
+    by_method: dict[str, list[int]] = {}
     for i, method in enumerate(methods):
-        columns.setdefault(method if methods.count(method) > 1 else "", []).append(i)
-    # A long column goes on in the next one.
-    return [c[i : i + _LEGEND_COLUMN] for c in columns.values() for i in range(0, len(c), _LEGEND_COLUMN)]
+        by_method.setdefault(method if methods.count(method) > 1 else "", []).append(i)
+    grouped = [list(by_method.values())] if max(map(len, by_method.values())) <= _LEGEND_ROWS else []
+    even = [[list(range(i, min(i + rows, count))) for i in range(0, count, rows)] for rows in range(1, count + 1)]
+    layouts = [even[0], *grouped, *even[1:]]
+
+    def width(columns: list[list[int]]) -> int:
+        return sum(max(len(drawn[i].label) for i in column) + _LEGEND_SAMPLE for column in columns)
+
+    return next((layout for layout in layouts if width(layout) <= _LEGEND_LINE), layouts[-1])
 
 
 def _add_legend(figure: Figure, drawn: Sequence[Series], handles: Sequence[Line2D]) -> None:

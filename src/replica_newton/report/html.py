@@ -10,7 +10,7 @@ from replica_newton.files import replace_file
 from replica_newton.report import formats
 from replica_newton.report.colours import line_colours
 from replica_newton.report.figures import convergence_figure, figure_svg
-from replica_newton.report.summary import Summary, compare, group_runs, headline, method_name
+from replica_newton.report.summary import Summary, compare, dataset_name, group_runs, headline, method_name
 
 
 def write_report(summary: Summary, folder: Path, environment: Mapping[str, str]) -> Path:
@@ -42,6 +42,7 @@ def write_report(summary: Summary, folder: Path, environment: Mapping[str, str])
         rate=formats.format_rate,
         setting=_setting,
         method_name=method_name,
+        dataset_name=dataset_name,
     )
     page = templates.get_template("report.html.j2").render(
         task=summary["task"],

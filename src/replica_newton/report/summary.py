@@ -12,6 +12,7 @@ Summary: TypeAlias = Mapping[str, Any]
 """Content of `summary.json`: the settings under `task`, one entry a run under `runs`."""
 
 _METHOD_NAMES = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "paper": "paper", "saddle-free": "saddle-free"}
+_DATASET_NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 # All replicas stay at the same parameters, so that the number of replicas changes nothing.
 _SAME_PARAMETERS = {"sgd", "momentum", "adam"}
 
@@ -45,7 +46,8 @@ class Series:
         final_seconds: Median training time in seconds.
         diverged: Number of runs that ended with a training NLL that is not finite.
         rates: Number of learning rates that were run for this method and number of replicas.
-        best: Whether this learning rate ends with the lowest median training NLL of them.
+        best: Whether this learning rate ends with the lowest median training NLL, of those at which fewest runs
+            diverged.
     """
 
     method: str
@@ -81,7 +83,7 @@ class Series:
         label = self.name if self.rates == 1 else f"{self.name}, rate {format_rate(self.learning_rate)}"
         if self.diverged == len(self.seeds):
             return f"{label} (diverged)"
-        return f"{label} ({self.diverged} of {len(self.seeds)} seeds diverged)" if self.diverged else label
+        return f"{label} ({self.diverged}/{len(self.seeds)} diverged)" if self.diverged else label
 
     def nll_at(self, epoch: int) -> Range:
         """Training NLL over the seeds after an epoch.
@@ -114,6 +116,18 @@ def method_name(method: str) -> str:
     return _METHOD_NAMES.get(method, method)
 
 
+def dataset_name(dataset: str) -> str:
+    """Name of a data set as a reader knows it.
+
+    Args:
+        dataset: Name in the summary.
+
+    Returns:
+        For example `MNIST` for `mnist`; an unknown name is returned as it is.
+    """
+    return _DATASET_NAMES.get(dataset, dataset)
+
+
 def group_runs(summary: Summary) -> list[Series]:
     """Series of a comparison, sorted by method, number of replicas and learning rate.
 
@@ -137,7 +151,7 @@ def group_runs(summary: Summary) -> list[Series]:
         rivals.setdefault((method, replicas), []).append(series)
     grouped = []
     for rates in rivals.values():
-        best = min(rates, key=lambda series: series.final_nll.median)
+        best = min(rates, key=lambda series: (series.diverged, series.final_nll.median))
         grouped += [replace(series, rates=len(rates), best=series is best) for series in rates]
     return grouped
 
