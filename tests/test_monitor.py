@@ -115,16 +115,17 @@ def test_an_autocast_around_the_call_changes_nothing(grad_mode: Callable):
     assert float(seen.sharpness) > 0.1
 
 
-def test_an_autocast_keeps_no_casts_of_displaced_parameters():
+@pytest.mark.parametrize("reuse", [False, True])
+def test_the_casts_that_an_autocast_keeps_are_never_those_of_another_point(reuse: bool):
     problem = classification()
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    loss_of(problem)().backward()
-    with autocast:
-        expected = loss_of(problem)()
+    cast_loss = torch.autocast("cpu", torch.bfloat16)(loss_of(problem))
+    expected = cast_loss()
+    expected.backward()
     with torch.autocast("cpu", torch.bfloat16):
-        monitor = CurvatureMonitor(problem.module, every=1, relative_step=0.5, reuse_gradient=True)
-        monitor.observe(autocast(loss_of(problem)))
-        assert torch.equal(loss_of(problem)(), expected)
+        for _ in range(2):
+            monitor = CurvatureMonitor(problem.module, rank=1, every=1, relative_step=0.5, reuse_gradient=reuse)
+            assert float(monitor.observe(cast_loss).eigenvalues.abs()) > 1e-3
+            assert torch.equal(loss_of(problem)(), expected)
 
 
 @pytest.mark.parametrize(("reuse", "evaluations"), [(False, 2), (True, 1)])

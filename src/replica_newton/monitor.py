@@ -126,8 +126,7 @@ class CurvatureMonitor:
         step, self.steps = self.steps, self.steps + 1
         if step % self.every:
             return None
-        # The casts that an autocast keeps of its parameters would not see their displacement, or outlive it.
-        with torch.autocast(self._parameters[0].device.type, enabled=False, cache_enabled=False):
+        with torch.autocast(self._parameters[0].device.type, enabled=False):
             self.last = self._probe(step, evaluate)
         return self.last
 
@@ -229,10 +228,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         saved = [tensor.clone() for tensor in tensors]
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    torch.clear_autocast_cache()  # casts of the parameters would not see their displacement, or outlive it
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
+        torch.clear_autocast_cache()
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
