@@ -88,13 +88,17 @@ def measure_share(repetitions: int) -> dict[str, float]:
     optimizer.step(closure)
     W = torch.cat([optimizer.state[p]["displacements"].flatten(start_dim=1) for p in parameters], dim=1)
     points = W + torch.cat([p.detach().flatten() for p in parameters])
-    G = closure.gradients(parameters, points).gradients
-    z = G.mean(dim=0)
+    fresh: list[torch.Tensor] = []
+
+    def evaluate() -> None:
+        fresh[:] = [closure.gradients(parameters, points).gradients]
+
+    # The algebra follows the gradients at once, as in a step, so that it finds them where a step would: in the cache.
     step, gradients, product = in_turn(
         repetitions,
         lambda: optimizer.step(closure),
-        lambda: closure.gradients(parameters, points),
-        lambda: algebra(W, G, z),
+        evaluate,
+        lambda: algebra(W, fresh[0], fresh[0].mean(dim=0)),
     )
     return {
         "parameters": W.shape[1],

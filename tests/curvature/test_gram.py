@@ -3,7 +3,7 @@ import torch
 from reference import F64, centred, normal
 from torch import Tensor
 
-from replica_newton.curvature.gram import CHUNK, differences_basis, inner_products, resolved, working_dtype
+from replica_newton.curvature.gram import CHUNK, differences_basis, inner_products, unresolved, working_dtype
 
 EXACT = {"rtol": 0.0, "atol": 1e-14}
 LONG = 2 * CHUNK + 17
@@ -98,15 +98,15 @@ def test_working_dtype_is_fp64_only_if_some_input_is(dtypes: tuple[torch.dtype, 
 @pytest.mark.parametrize(
     ("squares", "rtol", "scale", "expected"),
     [
-        ([4.0, 1.0, 0.0], 0.0, 0.0, [True, True, False]),
-        ([4.0, 1.0, 0.25], 0.5, 4.0, [True, False, False]),  # lengths 2, 1, 1/2: up to 1/2 of the longest are dropped
-        ([1.0, 1e-15, 1e-13], 0.0, 1.0, [True, False, True]),  # 1e-7 squared lies between
-        ([1e-15, -1e-16], 0.0, 1.0, [False, False]),  # what is left after cancellation in rows of length 1
-        ([0.0, 0.0], 0.0, 0.0, [False, False]),
-        ([], 0.0, 0.0, []),
+        ([0.0, 1.0, 4.0], 0.0, 0.0, 1),
+        ([0.25, 1.0, 4.0], 0.5, 4.0, 2),  # lengths 1/2, 1, 2: up to 1/2 of the longest are dropped
+        ([1e-15, 1e-13, 1.0], 0.0, 1.0, 1),  # 1e-7 squared lies between
+        ([-1e-16, 1e-15], 0.0, 1.0, 2),  # what is left after cancellation in rows of length 1
+        ([0.0, 0.0], 0.0, 0.0, 2),
+        ([], 0.0, 0.0, 0),
     ],
 )
-def test_resolved_keeps_lengths_above_cut_off_and_rounding(
-    squares: list[float], rtol: float, scale: float, expected: list[bool]
+def test_lengths_up_to_cut_off_or_rounding_are_unresolved(
+    squares: list[float], rtol: float, scale: float, expected: int
 ) -> None:
-    assert resolved(torch.tensor(squares, dtype=F64), rtol=rtol, scale=scale).tolist() == expected
+    assert unresolved(torch.tensor(squares, dtype=F64), rtol=rtol, scale=scale) == expected

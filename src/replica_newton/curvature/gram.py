@@ -77,28 +77,29 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     Returns:
         `(a, b)` in fp64 on the CPU, where all M×M work is done.
     """
-    total = torch.zeros(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
+    total: Tensor | None = None
     for start in range(0, rows.shape[1], CHUNK):
         left = rows[:, start : start + CHUNK].double()
         right = left if others is rows else others[:, start : start + CHUNK].double()
-        total.addmm_(left, right.T)
-    return total.cpu()
+        total = left @ right.T if total is None else total.addmm_(left, right.T)
+    return torch.zeros(len(rows), len(others), dtype=torch.float64) if total is None else total.cpu()
 
 
-def resolved(squares: Tensor, *, rtol: float, scale: float) -> Tensor:
-    """Which squared lengths, eigenvalues of a Gram matrix, are more than rounding.
+def unresolved(squares: Tensor, *, rtol: float, scale: float) -> int:
+    """How many squared lengths, eigenvalues of a Gram matrix, are no more than rounding.
 
     Args:
-        squares: `(n,)` eigenvalues of the Gram matrix.
+        squares: `(n,)` eigenvalues of the Gram matrix, ascending.
         rtol: lengths up to `rtol` times the longest are not resolved.
         scale: largest squared length of the rows that the Gram matrix was summed from; lengths up to `RESOLUTION`
             times its root are not resolved either.
 
     Returns:
-        `(n,)` mask.
+        The number of those that are not resolved, the first ones.
     """
-    largest = float(squares.max()) if squares.numel() else 0.0
-    return squares > max(rtol**2 * largest, RESOLUTION**2 * scale)
+    lengths: list[float] = squares.tolist()
+    cut_off = max(rtol**2 * lengths[-1], RESOLUTION**2 * scale) if lengths else 0.0
+    return sum(length <= cut_off for length in lengths)
 
 
 @cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import differences_basis, resolved
+from replica_newton.curvature.gram import differences_basis, unresolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ def rayleigh_ritz(WW: Tensor, WG: Tensor, GG: Tensor, *, rtol: float) -> RitzPai
     """
     basis = differences_basis(WW.shape[0])
     lengths, directions = torch.linalg.eigh(basis.T @ WW @ basis)
-    kept = resolved(lengths, rtol=rtol, scale=float(WW.diagonal().max()))
-    span = basis @ (directions[:, kept] / lengths[kept].sqrt())
+    first = unresolved(lengths, rtol=rtol, scale=max(WW.diagonal().tolist()))
+    span = basis @ (directions[:, first:] / lengths[first:].sqrt())
 
     projected = span.T @ WG @ span
     values, rotation = torch.linalg.eigh((projected + projected.T) / 2)

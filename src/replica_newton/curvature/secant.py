@@ -12,7 +12,7 @@ from replica_newton.curvature.gram import (
     check_rows,
     differences_basis,
     inner_products,
-    resolved,
+    unresolved,
     working_dtype,
 )
 from replica_newton.curvature.ritz import RitzPairs, rayleigh_ritz
@@ -77,33 +77,29 @@ class SecantCurvature:
         self.damping = damping
         self.replicas = W.shape[0]
 
-        # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows.
-        # For replicas that stand close together they are exact in floating point.
+        # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows,
+        # and its own row of zeros need not be kept. For replicas that stand close together they are exact.
         M, N = W.shape
-        self._rows = torch.empty(2 * M, N, dtype=working_dtype(W, G), device=W.device)
-        for rows, target in ((W, self._rows[:M]), (G, self._rows[M:])):
+        self._rows = torch.empty(2 * (M - 1), N, dtype=working_dtype(W, G), device=W.device)
+        for rows, target in zip((W, G), torch.split(self._rows, M - 1), strict=False):
             rows = rows.detach().to(target.dtype)
-            torch.sub(rows, rows[0], out=target)
-        # Row 0 is zero, so the extremes enclose zero; they are nan or inf if any element is.
-        (low_W, high_W), (low_G, high_G) = (map(float, torch.aminmax(rows)) for rows in torch.split(self._rows, M))
-        if not isfinite(high_W - low_W + high_G - low_G):
-            check_finite("W", W)
-            check_finite("G", G)
-            check_finite("differences between replicas in W", self._rows[:M])
-            check_finite("differences between replicas in G", self._rows[M:])
-        self._parted = low_W < high_W
-
-    @cached_property
-    def _gradient_gram(self) -> Tensor:
-        """Inner products of the rows of G with each other, `(M, M)` in fp64."""
-        G = self._rows[self.replicas :]
-        return inner_products(G, G)
+            torch.sub(rows[1:], rows[0], out=target)
+        W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
+        self._gradient_gram = inner_products(G_rows, G_rows)
+        length = float(torch.linalg.vector_norm(W_rows))
+        self._parted = length > 0.0
+        if not isfinite(length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
+            for name, rows in (("W", W), ("G", G)):
+                check_finite(name, rows)
+                rows = rows.to(self._rows.dtype)
+                check_finite(f"differences between replicas in {name}", rows - rows[0])
+                check_finite(f"squared differences between replicas in {name}", (rows - rows[0]).double().square())
 
     @cached_property
     def _displacement_products(self) -> tuple[Tensor, Tensor]:
-        """Inner products of the rows of W with those of W and of G, `(M, M)` each, in fp64."""
-        products = inner_products(self._rows[: self.replicas], self._rows)
-        return products[:, : self.replicas], products[:, self.replicas :]
+        """Inner products of the differences in W with those in W and in G, `(M−1, M−1)` each, in fp64."""
+        WW, WG = inner_products(self._rows[: self.replicas - 1], self._rows).tensor_split(2, dim=1)
+        return WW, WG
 
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor]:
@@ -111,16 +107,16 @@ class SecantCurvature:
         basis = differences_basis(self.replicas)
         if not self._parted:
             return basis[:, :0], basis.new_empty(0)
+        differences = basis[1:]  # weights of the differences to the first replica
         gram = self._gradient_gram
-        scale = float(gram.diagonal().max())
+        scale = max(gram.diagonal().tolist())
         if self.damping:
             WW, WG = self._displacement_products
-            scale += self.damping**2 * float(WW.diagonal().max())
+            scale += self.damping**2 * max(WW.diagonal().tolist())
             gram = gram + self.damping * (WG + WG.T) + self.damping**2 * WW
-        squares, V = torch.linalg.eigh(basis.T @ gram @ basis)
-        squares, V = squares.flip(0), basis @ V.flip(1)
-        kept = resolved(squares, rtol=self.rtol, scale=scale)
-        return V[:, kept], squares[kept].sqrt()
+        squares, V = torch.linalg.eigh(differences.T @ gram @ differences)
+        first = unresolved(squares, rtol=self.rtol, scale=scale)
+        return basis @ V[:, first:].flip(1), squares[first:].flip(0).sqrt()
 
     @property
     def rank(self) -> int:
@@ -159,7 +155,7 @@ class SecantCurvature:
             ValueError: if the last dimension of `z` is not N, or z is not one- or two-dimensional.
         """
         V, sigma = self._svd
-        alpha = -((self._dots(z) @ V) / sigma**2) @ V.T
+        alpha = -((self._dots(z) @ V[1:]) / sigma**2) @ V.T
         return alpha, (self.damping - 1.0) * alpha
 
     def inverse_hvp(self, z: Tensor) -> Tensor:
@@ -189,15 +185,18 @@ class SecantCurvature:
         V, sigma = self._svd
         scaled = V / sigma
         WW, WG = self._displacement_products
-        core = scaled.T @ (WG.T + self.damping * WW) @ scaled
-        weights = (self._dots(z) @ scaled) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled.T
+        core = scaled[1:].T @ (WG.T + self.damping * WW) @ scaled[1:]
+        weights = (self._dots(z) @ scaled[1:]) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled.T
         change = self._combine((self.damping - 1.0) * weights, weights)
         return change.to(working_dtype(change, z)).add_(z.detach())
 
     @cached_property
     def ritz_pairs(self) -> RitzPairs:
         """The eigenpairs as Rayleigh–Ritz values, M-sized coefficients and residuals."""
-        return rayleigh_ritz(*self._displacement_products, self._gradient_gram, rtol=self.rtol)
+        products = (*self._displacement_products, self._gradient_gram)
+        # With the row and column of the first replica, whose differences are zero.
+        WW, WG, GG = (torch.nn.functional.pad(one, (1, 0, 1, 0)) for one in products)
+        return rayleigh_ritz(WW, WG, GG, rtol=self.rtol)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -234,21 +233,24 @@ class SecantCurvature:
         return _reciprocal_of_largest(self.ritz_pairs.values)
 
     def _dots(self, z: Tensor) -> Tensor:
-        """Inner products of z with the rows of the (damped) G, `(M,)` or `(k, M)` in fp64."""
+        """Inner products of z with the rows of the (damped) G but the first, `(M−1,)` or `(k, M−1)` in fp64."""
         M, N = self.replicas, self._rows.shape[1]
         check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
         vectors = z.detach().reshape(-1, N)
-        dots = inner_products(vectors, self._rows[M:])
+        dots = inner_products(vectors, self._rows[M - 1 :])
         if self.damping:
-            dots += self.damping * inner_products(vectors, self._rows[:M])
-        return dots.reshape(*z.shape[:-1], M)
+            dots += self.damping * inner_products(vectors, self._rows[: M - 1])
+        return dots.reshape(*z.shape[:-1], M - 1)
 
     def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
-        """`Σ_m on_W[m] W_m + on_G[m] G_m` for weights `(M,)` or `(k, M)`."""
-        with torch.autocast(self._rows.device.type, enabled=False):
-            return torch.cat((on_W, on_G), dim=-1).to(self._rows) @ self._rows
+        """`Σ_m on_W[m] W_m + on_G[m] G_m` for weights `(M,)` or `(k, M)` that sum to zero."""
+        weights = torch.cat((on_W[..., 1:], on_G[..., 1:]), dim=-1).to(self._rows)
+        if not torch.is_autocast_enabled(weights.device.type):
+            return weights @ self._rows
+        with torch.autocast(weights.device.type, enabled=False):
+            return weights @ self._rows
 
 
 def _reciprocal_of_largest(values: Tensor) -> float:
