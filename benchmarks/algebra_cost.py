@@ -91,14 +91,15 @@ def measure_share(repetitions: int) -> dict[str, float]:
     fresh: list[torch.Tensor] = []
 
     def evaluate() -> None:
-        fresh[:] = [closure.gradients(parameters, points).gradients]
+        gradients = closure.gradients(parameters, points).gradients
+        fresh[:] = [gradients, gradients.mean(dim=0)]
 
     # The algebra follows the gradients at once, as in a step, so that it finds them where a step would: in the cache.
     step, gradients, product = in_turn(
         repetitions,
         lambda: optimizer.step(closure),
         evaluate,
-        lambda: algebra(W, fresh[0], fresh[0].mean(dim=0)),
+        lambda: algebra(W, *fresh),
     )
     return {
         "parameters": W.shape[1],

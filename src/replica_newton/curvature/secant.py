@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import (
+    CHUNK,
     check_finite,
     check_floating,
     check_rows,
@@ -85,7 +86,9 @@ class SecantCurvature:
             rows = rows.detach().to(target.dtype)
             torch.sub(rows[1:], rows[0], out=target)
         W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
-        self._gradient_gram = inner_products(G_rows, G_rows)
+        # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
+        self._factors = G_rows.double() if N <= CHUNK else G_rows
+        self._gradient_gram = inner_products(self._factors, self._factors)
         length = float(torch.linalg.vector_norm(W_rows))
         self._parted = length > 0.0
         if not isfinite(length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
@@ -239,7 +242,7 @@ class SecantCurvature:
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
         vectors = z.detach().reshape(-1, N)
-        dots = inner_products(vectors, self._rows[M - 1 :])
+        dots = inner_products(vectors, self._factors)
         if self.damping:
             dots += self.damping * inner_products(vectors, self._rows[: M - 1])
         return dots.reshape(*z.shape[:-1], M - 1)
