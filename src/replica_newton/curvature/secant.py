@@ -8,6 +8,7 @@ from torch import Tensor
 
 from replica_newton.curvature.gram import (
     CHUNK,
+    RESOLUTION,
     check_finite,
     check_floating,
     check_rows,
@@ -105,21 +106,47 @@ class SecantCurvature:
         return WW, WG
 
     @cached_property
-    def _svd(self) -> tuple[Tensor, Tensor]:
-        """Right singular vectors V, `(M, rank)`, and singular values, `(rank,)`, of the (damped) G."""
-        basis = differences_basis(self.replicas)
-        if not self._parted:
-            return basis[:, :0], basis.new_empty(0)
-        differences = basis[1:]  # weights of the differences to the first replica
+    def _damped_gram(self) -> tuple[Tensor, float]:
+        """Inner products of the differences in the (damped) G, and the largest squared length they are sums of."""
         gram = self._gradient_gram
         scale = max(gram.diagonal().tolist())
         if self.damping:
             WW, WG = self._displacement_products
             scale += self.damping**2 * max(WW.diagonal().tolist())
             gram = gram + self.damping * (WG + WG.T) + self.damping**2 * WW
+        return gram, scale
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor]:
+        """Right singular vectors V, `(M, rank)`, and singular values, `(rank,)`, of the (damped) G."""
+        basis = differences_basis(self.replicas)
+        if not self._parted:
+            return basis[:, :0], basis.new_empty(0)
+        gram, scale = self._damped_gram
+        differences = basis[1:]  # weights of the differences to the first replica
         squares, V = torch.linalg.eigh(differences.T @ gram @ differences)
         first = unresolved(squares, rtol=self.rtol, scale=scale)
         return basis @ V[:, first:].flip(1), squares[first:].flip(0).sqrt()
+
+    @cached_property
+    def _inverse_gram(self) -> Tensor:
+        """`V Σ⁻² Vᵀ` without the first replica, `(M−1, M−1)`: the pseudo-inverse of the Gram matrix on what is kept.
+
+        Where every direction is kept it is the inverse, at a third of the cost of the decomposition. That is certain
+        if `1/‖K⁻¹‖`, which the smallest eigenvalue of the Gram matrix K exceeds, passes the cut-off with a margin for
+        the change to an orthonormal basis, whose smallest singular value is `M^(−1/2)`.
+        """
+        if self._parted:
+            gram, scale = self._damped_gram
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            if not int(failed):
+                inverse = torch.cholesky_inverse(factor)
+                cut_off = max(self.rtol**2 * float(gram.trace()), RESOLUTION**2 * scale)
+                if self.replicas * cut_off * float(torch.linalg.vector_norm(inverse)) < 1.0:
+                    return inverse
+        V, sigma = self._svd
+        scaled = V[1:] / sigma
+        return scaled @ scaled.T
 
     @property
     def rank(self) -> int:
@@ -157,8 +184,8 @@ class SecantCurvature:
             TypeError: if `z` is not a dense real floating-point tensor.
             ValueError: if the last dimension of `z` is not N, or z is not one- or two-dimensional.
         """
-        V, sigma = self._svd
-        alpha = -((self._dots(z) @ V[1:]) / sigma**2) @ V.T
+        on_differences = -self._dots(z) @ self._inverse_gram
+        alpha = torch.cat((-on_differences.sum(dim=-1, keepdim=True), on_differences), dim=-1)
         return alpha, (self.damping - 1.0) * alpha
 
     def inverse_hvp(self, z: Tensor) -> Tensor:
