@@ -90,9 +90,9 @@ class SecantCurvature:
         # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
         self._factors = G_rows.double() if N <= CHUNK else G_rows
         self._gradient_gram = inner_products(self._factors, self._factors)
-        length = float(torch.linalg.vector_norm(W_rows))
-        self._parted = length > 0.0
-        if not isfinite(length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
+        squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
+        self._parted = squared_length > 0.0
+        if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
             for name, rows in (("W", W), ("G", G)):
                 check_finite(name, rows)
                 rows = rows.to(self._rows.dtype)
@@ -165,8 +165,8 @@ class SecantCurvature:
     def left_singular_vectors(self) -> Tensor:
         """The `u_i = G v_i / σ_i` as rows, `(rank, N)`, orthonormal."""
         V, sigma = self._svd
-        coefficients = (V / sigma).T
-        return self._combine(self.damping * coefficients, coefficients)
+        weights = (V / sigma)[1:].T
+        return self._combine(self.damping * weights, weights)
 
     def step_coefficients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Weights α, β with `Ĥ⁻¹ z = z + Σ_m α_m G_m + β_m W_m`, so that no N×rank matrix is needed.
@@ -197,8 +197,8 @@ class SecantCurvature:
         Returns:
             The product, of the shape of `z`, in fp32 (fp64 if W, G or z is).
         """
-        alpha, beta = self.step_coefficients(z)
-        change = self._combine(beta, alpha)
+        weights = self._dots(z) @ self._inverse_gram
+        change = self._combine((1.0 - self.damping) * weights, -weights)
         return change.to(working_dtype(change, z)).add_(z.detach())
 
     def hvp(self, z: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class SecantCurvature:
         scaled = V / sigma
         WW, WG = self._displacement_products
         core = scaled[1:].T @ (WG.T + self.damping * WW) @ scaled[1:]
-        weights = (self._dots(z) @ scaled[1:]) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled.T
+        weights = (self._dots(z) @ scaled[1:]) @ torch.linalg.pinv(core, rtol=self.rtol).T @ scaled[1:].T
         change = self._combine((self.damping - 1.0) * weights, weights)
         return change.to(working_dtype(change, z)).add_(z.detach())
 
@@ -240,8 +240,8 @@ class SecantCurvature:
     @property
     def eigenvectors(self) -> Tensor:
         """Hessian eigenvectors as orthonormal rows, `(len(eigenvalues), N)`, with fixed signs."""
-        coefficients = self.ritz_pairs.coefficients.T
-        return self._combine(coefficients, torch.zeros_like(coefficients))
+        weights = self.ritz_pairs.coefficients[1:].T
+        return self._combine(weights, torch.zeros_like(weights))
 
     @property
     def residuals(self) -> Tensor:
@@ -275,8 +275,8 @@ class SecantCurvature:
         return dots.reshape(*z.shape[:-1], M - 1)
 
     def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
-        """`Σ_m on_W[m] W_m + on_G[m] G_m` for weights `(M,)` or `(k, M)` that sum to zero."""
-        weights = torch.cat((on_W[..., 1:], on_G[..., 1:]), dim=-1).to(self._rows)
+        """Differences in W and in G to the first replica, summed with weights `(M−1,)` or `(k, M−1)`."""
+        weights = torch.cat((on_W, on_G), dim=-1).to(self._rows)
         if not torch.is_autocast_enabled(weights.device.type):
             return weights @ self._rows
         with torch.autocast(weights.device.type, enabled=False):
