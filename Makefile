@@ -12,7 +12,7 @@ READY := .venv/.ready
 
 demo: $(READY)
 	$(BIN)/replica-newton compare --dataset digits --methods sgd,paper --replicas 1,2,4,8 \
-		--batch-size 64 --epochs 15 --seeds 0,1,2 --out runs/demo
+		--learning-rates 0.2,0.3 --epochs 10 --seeds 0,1,2 --out runs/demo
 
 test: $(READY)
 	$(BIN)/pytest -n 2
