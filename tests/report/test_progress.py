@@ -90,7 +90,7 @@ def test_display_during_a_run(terminal):
     assert "38%" in runs
 
 
-def test_time_left_counts_only_the_steps_of_this_session(terminal, monkeypatch):
+def test_time_left_counts_only_the_steps_since_the_start(terminal, monkeypatch):
     progress = TrainingProgress(terminal)
     clock = iter([100.0, 130.0])
     monkeypatch.setattr("replica_newton.report.progress.time.monotonic", lambda: next(clock))
