@@ -147,23 +147,22 @@ class CurvatureMonitor:
         self.steps = state["steps"]
 
     def _probe(self, step: int, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation:
-        count = evaluate.replicas if isinstance(evaluate, ReplicaClosure) else 1
-        directions = self.subspace.directions(count)
+        closure = evaluate if isinstance(evaluate, ReplicaClosure) else None
+        evaluated = 0 if closure is None else closure.samples_evaluated
+        directions = self.subspace.directions(1 if closure is None else closure.replicas)
         length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
-        before = 0 if not isinstance(evaluate, ReplicaClosure) else evaluate.samples_evaluated
-        if self.reuse_gradient and not isinstance(evaluate, ReplicaClosure):
+        if self.reuse_gradient and closure is None:
             base = self._given_gradient()[None]
         else:
             base = self._gradients(evaluate, torch.zeros_like(directions))
         displaced = self._gradients(evaluate, length * directions)
-        if isinstance(evaluate, ReplicaClosure):
-            self.samples_evaluated += evaluate.samples_evaluated - before
+        if closure is not None:
+            self.samples_evaluated += closure.samples_evaluated - evaluated
         responses = (displaced - base) / length
         if not bool(torch.isfinite(responses).all()):
             raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
         self.subspace.observe(responses)
-        batch = evaluate.samples if isinstance(evaluate, ReplicaClosure) else None
-        return self._summarise(step, base, batch)
+        return self._summarise(step, base, None if closure is None else closure.samples)
 
     def _summarise(self, step: int, gradients: Tensor, batch: int | None) -> CurvatureObservation:
         eigenvalues, vectors = self.subspace.eigenvalues, self.subspace.eigenvectors

@@ -316,3 +316,8 @@ def test_on_a_tanh_network_the_error_falls_linearly_with_the_spread_and_quadrati
     (coarse, coarse_symmetric), (fine, fine_symmetric) = errors(1e-2), errors(1e-3)
     assert 8.0 < coarse / fine < 12.0
     assert 80.0 < coarse_symmetric / fine_symmetric < 120.0
+
+
+def test_displacements_whose_squares_underflow_are_still_displacements() -> None:
+    W = torch.tensor([[0.0, 0.0], [1e-30, 0.0]])
+    assert SecantCurvature(W, torch.tensor([[0.0, 0.0], [2.0, 0.0]])).rank == 1

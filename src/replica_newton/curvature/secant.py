@@ -91,7 +91,7 @@ class SecantCurvature:
         self._factors = G_rows.double() if N <= CHUNK else G_rows
         self._gradient_gram = inner_products(self._factors, self._factors)
         squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
-        self._parted = squared_length > 0.0
+        self._parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
         if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
             for name, rows in (("W", W), ("G", G)):
                 check_finite(name, rows)
