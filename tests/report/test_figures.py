@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ET
 import matplotlib as mpl
 import pytest
 
-from replica_newton.report.figures import convergence_figure, figure_svg, save_convergence
+from replica_newton.report.figures import convergence_figure, save_convergence
+from replica_newton.report.style import figure_svg
 
 
 def lines(axes):

@@ -1,14 +1,11 @@
 """The convergence figure: training NLL against epochs and against gradient evaluations."""
 
-import io
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
 from typing import TypeAlias
 
-import matplotlib.style
 import numpy
 import numpy.typing
 from matplotlib.axes import Axes
@@ -17,38 +14,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from replica_newton.files import replace_file
 from replica_newton.report.colours import line_colours
 from replica_newton.report.formats import format_count
+from replica_newton.report.style import save_figure, style
 from replica_newton.report.summary import Series, Summary, dataset_name, group_runs
 
 FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
 
 _KNOWN_MARKERS = {"sgd": "o", "momentum": "s", "adam": "D", "paper": "^", "saddle-free": "v"}
 _FURTHER_MARKERS = "PX*"
-_DPI = 180
 _HEIGHT = 4.5
 _LEGEND_LINE = 96
 _LEGEND_SAMPLE = 7
 _LEGEND_ROWS = 4
-_STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#808080",
-    "axes.grid": True,
-    "axes.labelsize": 11,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10.5,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "svg.fonttype": "path",
-    # A fixed salt and no date: the same summary gives the same file.
-    "svg.hashsalt": "replica-newton",
-    "xtick.color": "#808080",
-    "xtick.labelcolor": "#333333",
-    "ytick.color": "#808080",
-    "ytick.labelcolor": "#333333",
-}
 
 
 def convergence_figure(summary: Summary) -> Figure:
@@ -64,7 +42,7 @@ def convergence_figure(summary: Summary) -> Figure:
         The figure, which belongs to no window and to no backend.
     """
     drawn = [series for series in group_runs(summary) if series.best]
-    with _style():
+    with style():
         figure = Figure(figsize=(10, _HEIGHT), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
         figure.suptitle(_title(summary), fontsize=12.5, parse_math=False)
         by_epoch, by_evaluation = figure.subplots(1, 2, sharey=True)
@@ -91,33 +69,7 @@ def save_convergence(summary: Summary, folder: Path) -> None:
         summary: Content of `summary.json`.
         folder: Folder of the two files; it is created when it is missing.
     """
-    figure = convergence_figure(summary)
-    png = io.BytesIO()
-    with _style():
-        figure.savefig(png, format="png", dpi=_DPI)
-    replace_file(folder / "convergence.png", png.getvalue())
-    replace_file(folder / "convergence.svg", figure_svg(figure).encode())
-
-
-def figure_svg(figure: Figure) -> str:
-    """SVG file of a figure, with its text as outlines: it looks the same wherever it is shown.
-
-    Args:
-        figure: Figure to draw.
-
-    Returns:
-        The whole SVG file, the same one for the same figure.
-    """
-    svg = io.BytesIO()
-    with _style():
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return svg.getvalue().decode()
-
-
-def _style() -> AbstractContextManager[None]:
-    """Style of our figures while it is entered, whatever the user has set for theirs."""
-    context: AbstractContextManager[None] = matplotlib.style.context(["default", _STYLE])
-    return context
+    save_figure(convergence_figure(summary), folder, "convergence")
 
 
 def _title(summary: Summary) -> str:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from replica_newton.files import replace_file
 from replica_newton.report import formats
 from replica_newton.report.colours import line_colours
-from replica_newton.report.figures import convergence_figure, figure_svg
+from replica_newton.report.figures import convergence_figure
+from replica_newton.report.style import figure_svg
 from replica_newton.report.summary import Summary, compare, dataset_name, group_runs, headline, method_name
 
 

@@ -139,9 +139,9 @@ class TrainingProgress:
             total = self._epochs * self._steps_per_epoch
             epoch = min(self._steps // max(self._steps_per_epoch, 1) + 1, self._epochs)
             fraction = self._steps / total if total else 1.0
-            left = _time_left(now - self._started, self._steps, self._first_step, total)
+            left = time_left(now - self._started, self._steps, self._first_step, total)
             lines.append(Text(label, style="bold", no_wrap=True, overflow="ellipsis"))
-            lines.append(_bar_line(f"  epoch {epoch}/{self._epochs}", fraction, left))
+            lines.append(bar_line(f"  epoch {epoch}/{self._epochs}", fraction, left))
             lines.append(
                 Text(
                     f"  loss {_short(self._loss)}   sharpness {_short(self._sharpness)}   "
@@ -153,14 +153,23 @@ class TrainingProgress:
                 lines.append(Text(f"  {self._epoch}", style="dim", no_wrap=True, overflow="ellipsis"))
         if self._total_runs:
             done = self._completed_runs + fraction
-            left = _time_left(now - self._runs_started, done, self._first_run, self._total_runs)
-            lines.append(_bar_line(f"runs {self._completed_runs}/{self._total_runs}", done / self._total_runs, left))
+            left = time_left(now - self._runs_started, done, self._first_run, self._total_runs)
+            lines.append(bar_line(f"runs {self._completed_runs}/{self._total_runs}", done / self._total_runs, left))
         # Narrower than the terminal, whose echo of ^C would otherwise wrap the last line and leave it behind.
         return Group(*(Constrain(line, self._console.width - 3) for line in lines))
 
 
-def _bar_line(counter: str, fraction: float, left: str) -> Table:
-    """One line over the whole width: counter, bar, percentage and time left."""
+def bar_line(counter: str, fraction: float, left: str) -> Table:
+    """One line over the whole width.
+
+    Args:
+        counter: What is counted, at most 15 characters.
+        fraction: Share that is done.
+        left: Time left, in words.
+
+    Returns:
+        Counter, bar, percentage and time left.
+    """
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(no_wrap=True, width=15)
     grid.add_column(ratio=1)
@@ -171,8 +180,18 @@ def _bar_line(counter: str, fraction: float, left: str) -> Table:
     return grid
 
 
-def _time_left(elapsed: float, done: float, first: float, total: float) -> str:
-    """Time left at the mean pace since the start; work that was finished before does not count towards the pace."""
+def time_left(elapsed: float, done: float, first: float, total: float) -> str:
+    """Time left at the mean pace since the start.
+
+    Args:
+        elapsed: Seconds since the start.
+        done: Work that is done.
+        first: Work that was done before the start, which does not count towards the pace.
+        total: All of the work.
+
+    Returns:
+        For example `12:30 left`.
+    """
     if done <= first:
         return f"{MISSING} left"
     return f"{_duration(elapsed * (total - done) / (done - first))} left"

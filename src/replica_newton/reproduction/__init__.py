@@ -1,0 +1,1 @@
+"""Replication of Arnold and Wang (2017)."""

@@ -1,0 +1,94 @@
+"""What the study varies, and how much of it is run."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from replica_newton.reproduction.experiment import Scaling
+from replica_newton.reproduction.readings import LITERAL, READINGS
+from replica_newton.training.models import Activation
+
+RATES = (0.0003, 0.01)
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh")
+SCALINGS: tuple[Scaling, ...] = ("standard", "unit", "symmetric")
+TRAIN_SAMPLES = {"mnist": 60_000, "cifar10": 50_000}
+PEER_RATES = {
+    "sgd": (0.03, 0.1, 0.3, 1.0),
+    "momentum": (0.003, 0.01, 0.03, 0.1),
+    "adam": (0.001, 0.003, 0.01, 0.03),
+}
+PLATEAU_RATE = 0.01
+PLATEAU_METHODS = (
+    ("sgd", 1),
+    ("momentum", 1),
+    ("adam", 1),
+    ("sharpness-rate", 8),
+    ("saddle-free", 8),
+    *((LITERAL.name, M) for M in (2, 4, 8)),
+)
+
+
+class Round(NamedTuple):
+    """A round of the search: how many candidates go in, run for how long and with which M."""
+
+    candidates: int
+    epochs: int
+    replicas: tuple[int, ...]
+    all_datasets: bool
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is run.
+
+    Attributes:
+        epochs: of Figure 2.
+        calibration_epochs: of SGD, to find scaling, activation and rate.
+        rounds: of the search of the readings.
+        tuning_epochs: of the first-order methods at every rate of their grids.
+        plateau_epochs: at most, to leave the plateau.
+        plateau_seeds: seeds of that measurement.
+        train_limit: number of training samples; None for all.
+    """
+
+    epochs: int = 50
+    calibration_epochs: int = 10
+    rounds: tuple[Round, ...] = (
+        Round(2 * len(READINGS), 1, (8,), all_datasets=False),
+        Round(16, 3, (2, 8), all_datasets=True),
+        Round(4, 8, (2, 8), all_datasets=True),
+    )
+    tuning_epochs: int = 5
+    plateau_epochs: int = 8
+    plateau_seeds: tuple[int, ...] = (0, 1, 2)
+    train_limit: int | None = None
+
+
+FULL = Extent()
+QUICK = Extent(
+    epochs=12,
+    calibration_epochs=3,
+    rounds=(
+        Round(2 * len(READINGS), 1, (8,), all_datasets=False),
+        Round(8, 2, (2, 8), all_datasets=True),
+        Round(3, 4, (2, 8), all_datasets=True),
+    ),
+    tuning_epochs=2,
+    plateau_epochs=12,
+    plateau_seeds=(0,),
+    train_limit=2048,
+)
+
+
+class SetUp(NamedTuple):
+    """What Figure 2 leaves open about a data set's panel: of the combinations tried, SGD's closest to the poster's."""
+
+    activation: Activation
+    rate: float
+    scaling: Scaling
+
+
+class Candidate(NamedTuple):
+    """A reading and the rate it is run with; the poster does not say which of its two rates belongs to what."""
+
+    reading: str
+    rate: float

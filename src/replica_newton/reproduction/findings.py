@@ -1,0 +1,293 @@
+"""What the runs say: every number of the page that comes from training, by name."""
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import product
+from statistics import median
+from typing import Any
+
+from replica_newton.reproduction.design import ACTIVATIONS, PEER_RATES, RATES, Candidate
+from replica_newton.reproduction.experiment import Record
+from replica_newton.reproduction.plan import Plan
+from replica_newton.reproduction.poster import Curves, distance, orderings, poster_curves
+from replica_newton.reproduction.readings import LITERAL, Reading, reading_named
+from replica_newton.reproduction.results import Request, Results
+from replica_newton.training.run import finite_or_none
+
+SHOWN_CANDIDATES = 6
+PEER_NAMES = {
+    "sgd": "SGD",
+    "momentum": "SGD, momentum 0.9",
+    "adam": "Adam",
+    "sharpness-rate": "SGD at 1/λ_max",
+    "saddle-free": "saddle-free step",
+}
+
+
+def findings(plan: Plan, results: Results) -> dict[str, Any]:
+    """Everything that follows from the runs, as JSON has it; None stands for nan, and for what diverged.
+
+    Args:
+        plan: of the study.
+        results: all of its runs.
+
+    Returns:
+        By section: "set_up", "search", "figure2", "panels", "peers", "plateau".
+
+    Raises:
+        ValueError: if the study is not finished.
+    """
+    best = plan.best(results)
+    if best is None:
+        raise ValueError("the study must be finished")
+    return {
+        "extent": {
+            "datasets": list(plan.datasets),
+            "epochs": plan.extent.epochs,
+            "train_limit": plan.extent.train_limit,
+            "runs": len(results.records),
+            "hours": sum(record.seconds for record in results.records.values()) / 3600.0,
+        },
+        "set_up": {dataset: _set_up(plan, results, dataset) for dataset in plan.datasets},
+        "search": _search(plan, results, best),
+        "figure2": {dataset: _figure2(plan, results, dataset, best) for dataset in plan.datasets},
+        "panels": {dataset: _panels(plan, results, dataset) for dataset in plan.datasets},
+        "peers": {dataset: _peers(plan, results, dataset, best) for dataset in plan.datasets},
+        "plateau": _plateau(plan, results),
+    }
+
+
+def figure2_curves(plan: Plan, results: Results, dataset: str, candidate: Candidate | None) -> Curves:
+    """Our curves beside the poster's panel of one data set.
+
+    Args:
+        plan: of the study.
+        results: all of its runs.
+        dataset: which panel.
+        candidate: reading and rate; None for the literal reading at SGD's rate.
+
+    Returns:
+        Training NLL of every epoch for SGD (under 1) and M = 2, 4, 6, 8.
+    """
+    set_up = plan.set_up(results, dataset)
+    rate = set_up.rate if set_up else RATES[-1]
+    requests = plan.figure_requests(results, dataset, candidate or Candidate(LITERAL.name, rate))
+    return _curves(results, requests)
+
+
+def panel_curves(plan: Plan, results: Results, dataset: str) -> dict[tuple[str, str, float], Curves]:
+    """Our curves at both rates and with both activations.
+
+    Args:
+        plan: of the study.
+        results: all of its runs.
+        dataset: which panels.
+
+    Returns:
+        Curves by data set, activation and rate.
+    """
+    requests = list(plan.panel_requests(results, dataset, plan.set_up(results, dataset)))
+    return {
+        (dataset, activation, rate): _curves(
+            results, [one for one in requests if (one.experiment.activation, one.experiment.rate) == (activation, rate)]
+        )
+        for activation, rate in product(ACTIVATIONS, RATES)
+    }
+
+
+def peer_records(plan: Plan, results: Results, dataset: str, best: Candidate) -> dict[str, tuple[str, Record]]:
+    """The runs compared at equal gradient evaluations: first-order methods at their best rate, and the replicas.
+
+    Args:
+        plan: of the study.
+        results: all of its runs.
+        dataset: which panel.
+        best: the closest reading.
+
+    Returns:
+        Label and run by role: a method, "literal" or "closest".
+    """
+    literal = plan.figure_requests(results, dataset, Candidate(LITERAL.name, _rate(plan, results, dataset)))[-1]
+    closest = plan.figure_requests(results, dataset, best)[-1]
+    requests = {
+        **{request.experiment.method: request for request in plan.best_peers(results, dataset)},
+        "literal": literal,
+        "closest": closest,
+    }
+    named = {}
+    for role, request in requests.items():
+        record = _record(results, request)
+        rate = "" if role == "sharpness-rate" else f", rate {request.experiment.rate:g}"
+        name = PEER_NAMES.get(role, f"{role} reading, M = {request.experiment.replicas}")
+        named[role] = (name + rate, record)
+    return named
+
+
+def plateau_steps(plan: Plan, results: Results) -> dict[str, list[int | None]]:
+    """Steps on the initial plateau, by label: one value a seed, None where it was not left.
+
+    Args:
+        plan: of the study.
+        results: all of its runs.
+
+    Returns:
+        The steps.
+    """
+    steps: dict[str, list[int | None]] = {}
+    best = plan.best(results)
+    for request in plan.plateau_requests(results):
+        experiment = request.experiment
+        role = {LITERAL.name: "literal reading", best.reading if best else "": "closest reading"}.get(experiment.method)
+        name = f"{role}, M = {experiment.replicas}" if role else PEER_NAMES[experiment.method]
+        record = _record(results, request)
+        within = record.steps_on_plateau
+        limit = request.epochs * plan.steps_per_epoch(request.experiment.dataset)
+        steps.setdefault(name, []).append(within if within is not None and within <= limit else None)
+    return steps
+
+
+def _set_up(plan: Plan, results: Results, dataset: str) -> dict[str, Any]:
+    distances = plan.set_up_distances(results, dataset)
+    ranked = sorted(distances, key=distances.__getitem__)
+    tried = [one._asdict() | {"distance": distances[one]} for one in ranked]
+    return {"epochs": plan.extent.calibration_epochs, "chosen": tried[0], "tried": tried}
+
+
+def _search(plan: Plan, results: Results, best: Candidate) -> dict[str, Any]:
+    rounds = []
+    for number, one in enumerate(plan.extent.rounds):
+        distances = plan.search_distances(results, number) or {}
+        ranked = sorted(distances, key=distances.__getitem__)
+        literal = [Candidate(LITERAL.name, rate) for rate in RATES]
+        rounds.append(
+            {
+                "candidates": len(ranked),
+                "epochs": one.epochs,
+                "replicas": list(one.replicas),
+                "datasets": list(plan.datasets if one.all_datasets else plan.datasets[:1]),
+                "diverged": _diverged(plan, results, number),
+                "no_effect": _no_effect(plan, results, number),
+                "literal": {f"{one.rate:g}": distances.get(one) for one in literal},
+                "closest": [_candidate(one) | {"distance": distances[one]} for one in ranked[:SHOWN_CANDIDATES]],
+            }
+        )
+    first = plan.search_distances(results, 0) or {}
+    return {
+        "readings": len({one.reading for one in first}),
+        "rounds": rounds,
+        "best": _candidate(best),
+        "medians": {
+            name: {
+                str(value): median(found for one, found in first.items() if _value(one, name) == value)
+                for value in dict.fromkeys(_value(one, name) for one in first)
+            }
+            for name in (*Reading.__dataclass_fields__, "rate")
+        },
+    }
+
+
+def _figure2(plan: Plan, results: Results, dataset: str, best: Candidate) -> dict[str, Any]:
+    poster = poster_curves(dataset)
+    epochs = plan.extent.epochs
+    shortened = {M: values[:epochs] for M, values in poster.items()}
+    entry: dict[str, Any] = {"poster": _outcome(dataset, shortened)}
+    for role, candidate in (("closest", best), ("literal", None)):
+        entry[role] = _outcome(dataset, figure2_curves(plan, results, dataset, candidate))
+    only_sgd = {M: figure2_curves(plan, results, dataset, best)[1] for M in poster}
+    return entry | {"distance_if_all_were_sgd": distance(dataset, only_sgd)}
+
+
+def _outcome(dataset: str, curves: Curves) -> dict[str, Any]:
+    return {
+        "distance": distance(dataset, curves),
+        "distance_without_sgd": distance(dataset, {M: values for M, values in curves.items() if M > 1}),
+        "last": {str(M): finite_or_none(values[-1]) for M, values in curves.items()},
+        "orderings": orderings(curves),
+    }
+
+
+def _panels(plan: Plan, results: Results, dataset: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "activation": activation,
+            "rate": rate,
+            "last": {str(M): finite_or_none(values[-1]) for M, values in curves.items()},
+        }
+        for (_, activation, rate), curves in panel_curves(plan, results, dataset).items()
+    ]
+
+
+def _peers(plan: Plan, results: Results, dataset: str, best: Candidate) -> list[dict[str, Any]]:
+    entries = []
+    for role, (label, record) in peer_records(plan, results, dataset, best).items():
+        grid = list(PEER_RATES.get(role, ()))
+        entries.append(
+            {
+                "role": role,
+                "label": label,
+                "rate": record.experiment.rate,
+                "grid": grid,
+                "at_end_of_grid": record.experiment.rate in (grid[0], grid[-1]) if grid else False,
+                "last": finite_or_none(record.train_nll[-1]),
+                "final_nll": finite_or_none(record.final_nll),
+                "test_accuracy": finite_or_none(record.test_accuracy),
+                "gradient_evaluations": record.gradient_evaluations[-1],
+            }
+        )
+    return sorted(entries, key=lambda one: math.inf if one["last"] is None else one["last"])
+
+
+def _plateau(plan: Plan, results: Results) -> dict[str, Any]:
+    request = next(iter(plan.plateau_requests(results)))
+    return {
+        "dataset": plan.datasets[0],
+        "rate": request.experiment.rate,
+        "limit": request.epochs * plan.steps_per_epoch(request.experiment.dataset),
+        "seeds": len(plan.extent.plateau_seeds),
+        "steps": plateau_steps(plan, results),
+    }
+
+
+def _diverged(plan: Plan, results: Results, number: int) -> int:
+    """Candidates of a round of which a run diverged."""
+    return len(
+        {
+            (request.experiment.method, request.experiment.rate)
+            for request in plan.round_requests(results, number)
+            if _record(results, request).diverged
+        }
+    )
+
+
+def _no_effect(plan: Plan, results: Results, number: int) -> float:
+    """Distance of a reading that changes nothing, whatever M: all its curves are those of SGD."""
+    one = plan.extent.rounds[number]
+    squares = []
+    for dataset in plan.datasets if one.all_datasets else plan.datasets[:1]:
+        sgd = figure2_curves(plan, results, dataset, None)[1][: one.epochs]
+        squares.append(distance(dataset, dict.fromkeys(one.replicas, sgd)) ** 2)
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def _candidate(one: Candidate) -> dict[str, Any]:
+    return {"reading": one.reading, "rate": one.rate}
+
+
+def _value(one: Candidate, name: str) -> str | float:
+    return one.rate if name == "rate" else str(getattr(reading_named(one.reading), name))
+
+
+def _rate(plan: Plan, results: Results, dataset: str) -> float:
+    set_up = plan.set_up(results, dataset)
+    return set_up.rate if set_up else RATES[-1]
+
+
+def _curves(results: Results, requests: Iterable[Request]) -> Mapping[int, tuple[float, ...]]:
+    return {request.experiment.replicas: _record(results, request).train_nll for request in requests}
+
+
+def _record(results: Results, request: Request) -> Record:
+    record = results.get(request.experiment, request.epochs)
+    if record is None:
+        raise ValueError(f"the study must be finished; {request.experiment.key} is missing")
+    return record
