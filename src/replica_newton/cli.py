@@ -211,6 +211,51 @@ def compare(
         _interrupted("; the same command goes on")
 
 
+@app.command(
+    epilog="Examples:\n\n[bold]replica-newton reproduce --quick --dataset mnist --data mnist.npz[/bold]\n\n"
+    "[bold]replica-newton reproduce --data FOLDER[/bold]   (mnist.npz and cifar10.npz, or their files, in FOLDER)"
+)
+def reproduce(
+    dataset: Annotated[
+        str | None, typer.Option(help="One data set, mnist or cifar10; by default both, as in the paper.")
+    ] = None,
+    data: DataOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A look at everything in a few minutes.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the page; by default docs for the whole study, else one in runs/."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, one thread each; by default one a processor.")
+    ] = os.cpu_count() or 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what has been run before.")] = False,
+) -> None:
+    """Redo the paper's figures, every reading of it, and what explains them: some hours on two cores.
+
+    Runs what is missing in OUT/reproduction/summary.json, and writes OUT/reproduction.md with its figures.
+    """
+    # Imported here: it loads matplotlib and much else that the other commands do without.
+    from replica_newton.reproduction.command import check_data, forget, open_study
+    from replica_newton.reproduction.page import write_page
+    from replica_newton.reproduction.progress import StudyProgress
+    from replica_newton.reproduction.results import load_results
+
+    study, folder = open_study(dataset, data, quick=quick, out=out, workers=workers)
+    _make_folder(study.summary.parent)
+    if fresh:
+        forget(study)
+    if study.missing(load_results(study.summary)):
+        check_data(study)
+    console = Console()
+    with StudyProgress(console) as progress:
+        try:
+            results = study.run(progress)
+        except KeyboardInterrupt:
+            _interrupted("; the same command goes on")
+    page = write_page(study.plan, results, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
+    console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: bad input gets one line on standard error and exit status 2."""
     usage_error: Any = typer.BadParameter.__base__

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from replica_newton.reproduction.experiment import Scaling
-from replica_newton.reproduction.readings import LITERAL, READINGS
+from replica_newton.reproduction.readings import LITERAL
 from replica_newton.training.models import Activation
 
 RATES = (0.0003, 0.01)
@@ -28,9 +28,9 @@ PLATEAU_METHODS = (
 
 
 class Round(NamedTuple):
-    """A round of the search: how many candidates go in, run for how long and with which M."""
+    """A round of the search: how many candidates go in (None for all), run for how long and with which M."""
 
-    candidates: int
+    candidates: int | None
     epochs: int
     replicas: tuple[int, ...]
     all_datasets: bool
@@ -43,7 +43,8 @@ class Extent:
     Attributes:
         epochs: of Figure 2.
         calibration_epochs: of SGD, to find scaling, activation and rate.
-        rounds: of the search of the readings.
+        search_rates: rates that every reading is tried with.
+        rounds: of the search.
         tuning_epochs: of the first-order methods at every rate of their grids.
         plateau_epochs: at most, to leave the plateau.
         plateau_seeds: seeds of that measurement.
@@ -52,8 +53,9 @@ class Extent:
 
     epochs: int = 50
     calibration_epochs: int = 10
+    search_rates: tuple[float, ...] = RATES
     rounds: tuple[Round, ...] = (
-        Round(2 * len(READINGS), 1, (8,), all_datasets=False),
+        Round(None, 1, (8,), all_datasets=False),
         Round(16, 3, (2, 8), all_datasets=True),
         Round(4, 8, (2, 8), all_datasets=True),
     )
@@ -67,8 +69,9 @@ FULL = Extent()
 QUICK = Extent(
     epochs=12,
     calibration_epochs=3,
+    search_rates=(0.01,),
     rounds=(
-        Round(2 * len(READINGS), 1, (8,), all_datasets=False),
+        Round(None, 1, (8,), all_datasets=False),
         Round(8, 2, (2, 8), all_datasets=True),
         Round(3, 4, (2, 8), all_datasets=True),
     ),

@@ -158,7 +158,7 @@ def _search(plan: Plan, results: Results, best: Candidate) -> dict[str, Any]:
     for number, one in enumerate(plan.extent.rounds):
         distances = plan.search_distances(results, number) or {}
         ranked = sorted(distances, key=distances.__getitem__)
-        literal = [Candidate(LITERAL.name, rate) for rate in RATES]
+        literal = [Candidate(LITERAL.name, rate) for rate in plan.extent.search_rates]
         rounds.append(
             {
                 "candidates": len(ranked),
@@ -193,14 +193,14 @@ def _figure2(plan: Plan, results: Results, dataset: str, best: Candidate) -> dic
     entry: dict[str, Any] = {"poster": _outcome(dataset, shortened)}
     for role, candidate in (("closest", best), ("literal", None)):
         entry[role] = _outcome(dataset, figure2_curves(plan, results, dataset, candidate))
-    only_sgd = {M: figure2_curves(plan, results, dataset, best)[1] for M in poster}
-    return entry | {"distance_if_all_were_sgd": distance(dataset, only_sgd)}
+    sgd = figure2_curves(plan, results, dataset, best)[1]
+    return entry | {"distance_if_all_were_sgd": distance(dataset, {M: sgd for M in poster if M > 1})}
 
 
 def _outcome(dataset: str, curves: Curves) -> dict[str, Any]:
     return {
-        "distance": distance(dataset, curves),
-        "distance_without_sgd": distance(dataset, {M: values for M, values in curves.items() if M > 1}),
+        "distance_of_sgd": distance(dataset, {1: curves[1]}),
+        "distance": distance(dataset, {M: values for M, values in curves.items() if M > 1}),
         "last": {str(M): finite_or_none(values[-1]) for M, values in curves.items()},
         "orderings": orderings(curves),
     }

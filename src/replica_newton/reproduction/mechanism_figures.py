@@ -72,6 +72,10 @@ def mechanism_figure(measurements: Mapping[str, Any]) -> Figure:
             axes.xaxis.label.set_size(9.5)
             axes.yaxis.label.set_size(9.5)
             draw(axes, measurements)
+        # The room that a legend below its panel needs depends on the height of the panel: one pass is not enough.
+        for _ in range(3):
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     return figure
 
 

@@ -1,6 +1,5 @@
 """The figure of LeCun's optimal rate: loss after a fixed number of steps against the rate, in units of 1/λ_max."""
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from replica_newton.files import replace_file
-from replica_newton.report.style import figure_svg, style
 from replica_newton.report.formats import format_count
+from replica_newton.report.style import save_figure, style
 from replica_newton.report.summary import dataset_name
 from replica_newton.reproduction.optimal_rate import SETTINGS
 
@@ -70,12 +68,7 @@ def save_optimal_rate(measurements: Sequence[dict[str, Any]], folder: Path) -> N
         measurements: what `measure_optimal_rate` returned.
         folder: Folder of the two files; it is created when it is missing.
     """
-    figure = optimal_rate_figure(measurements)
-    png = io.BytesIO()
-    with style():
-        figure.savefig(png, format="png", dpi=_DPI)
-    replace_file(folder / "optimal_rate.png", png.getvalue())
-    replace_file(folder / "optimal_rate.svg", figure_svg(figure).encode())
+    save_figure(optimal_rate_figure(measurements), folder, "optimal_rate")
 
 
 def _title(measurements: Sequence[dict[str, Any]]) -> str:

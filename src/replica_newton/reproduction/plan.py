@@ -138,7 +138,7 @@ class Plan:
             Candidates, closest first after the first round; None as long as the round before is not finished.
         """
         if number == 0:
-            return [Candidate(reading.name, rate) for reading, rate in product(READINGS, RATES)]
+            return [Candidate(reading.name, rate) for reading, rate in product(READINGS, self.extent.search_rates)]
         distances = self.search_distances(results, number - 1)
         if distances is None:
             return None

@@ -8,12 +8,9 @@ from typing import Any, Literal, NamedTuple
 from replica_newton.files import replace_file
 from replica_newton.reproduction.experiment import Experiment, Record
 from replica_newton.training.models import Activation
+from replica_newton.training.run import RunError
 
 FORMAT = 1
-
-
-class ResultsError(ValueError):
-    """Results that cannot be read; the message names the rule and the value got."""
 
 
 class Request(NamedTuple):
@@ -113,7 +110,7 @@ def load_results(path: Path) -> Results:
         The results.
 
     Raises:
-        ResultsError: if the file cannot be read.
+        RunError: if the file cannot be read.
     """
     if not path.exists():
         return Results()
@@ -123,9 +120,9 @@ def load_results(path: Path) -> Results:
         records = [Record.from_json(entry) for entry in content["runs"]] if found == FORMAT else []
         measurements = dict(content["measurements"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path}: not a readable summary ({error!r}); delete it to start anew") from error
+        raise RunError(f"{path}: not a readable summary ({error!r}); delete it to start anew") from error
     if found != FORMAT:
-        raise ResultsError(f"{path} must have format {FORMAT}, got {found}; delete it to start anew")
+        raise RunError(f"{path} must have format {FORMAT}, got {found}; delete it to start anew")
     return Results({record.experiment: record for record in records}, measurements)
 
 

@@ -86,7 +86,7 @@ class Study:
             All results.
 
         Raises:
-            ResultsError: if the summary cannot be read.
+            RunError: if the summary cannot be read.
         """
         results = load_results(self.summary)
         done = 0.0

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
 from replica_newton.files import replace_file
-from replica_newton.report.style import figure_svg, style
+from replica_newton.report.style import save_figure, style
 from replica_newton.reproduction.surfaces import METHODS, SURFACES, TOLERANCE, Surface, approach
 
 FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
@@ -30,7 +30,6 @@ FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
 FRAMES = 84
 """Frames of the animation in which methods move."""
 
-_DPI = 180
 _FRAME_DPI = 90
 _FRAME_MILLISECONDS = 90
 _LAST_MILLISECONDS = 2500
@@ -112,12 +111,7 @@ def save_surfaces(folder: Path) -> None:
     Args:
         folder: Folder of the two files; it is created when it is missing.
     """
-    figure = surfaces_figure()
-    replace_file(folder / "figure1.svg", figure_svg(figure).encode())
-    png = io.BytesIO()
-    with style():
-        figure.savefig(png, format="png", dpi=_DPI)
-    replace_file(folder / "figure1.png", png.getvalue())
+    save_figure(surfaces_figure(), folder, "figure1")
 
 
 def save_animation(path: Path, *, frames: int = FRAMES) -> None:

@@ -408,12 +408,25 @@ def _exact_step(hessian: Tensor, gradient: Tensor, method: Method) -> Tensor:
     return saddle_free_inverse_hvp(values, vectors.T, gradient)
 
 
-def _follow(surface: Surface, points: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _all_arrived(steps: Tensor) -> bool:
+    return bool(steps.isfinite().all())
+
+
+def _best_arrived(steps: Tensor) -> bool:
+    """Whether all seeds of the fastest rate have arrived, `(rates, seeds)`: no later arrival makes another faster."""
+    counts = steps.median(dim=1).values.tolist()
+    return _all_arrived(steps[counts.index(min(counts))])
+
+
+def _follow(
+    surface: Surface, points: Iterable[Tensor], decided: Callable[[Tensor], bool] = _all_arrived
+) -> tuple[Tensor, Tensor, Tensor]:
     """Arrival, height above the minimum and place where trajectories end, which is `HOLD` points after arrival.
 
     Args:
         surface: Where they go.
         points: `(…, 2)` points, step after step, of any number of trajectories.
+        decided: Whether to stop, given the steps until arrival of those that have arrived.
 
     Returns:
         Steps until arrival `(…)`, infinite without it, last heights `(…)` and last points `(…, 2)`.
@@ -429,7 +442,7 @@ def _follow(surface: Surface, points: Iterable[Tensor]) -> tuple[Tensor, Tensor,
         inside = torch.where(height <= TOLERANCE, inside + 1, 0)
         steps = torch.where(running & (inside >= HOLD), float(number - HOLD + 1), steps)
         following = next(points, None)
-        if following is None or not bool(steps.isinf().any()):
+        if following is None or decided(steps):
             return steps, heights, ends
         x, number = following, number + 1
 
@@ -438,7 +451,7 @@ def _best_rate(surface: Surface, method: Method, seeds: Sequence[int]) -> dict[s
     """Row of a first-order method at its best rate."""
     start = torch.tensor(surface.start, dtype=torch.float64)
     points = _first_order(surface, method, torch.tensor(RATES, dtype=torch.float64), NOISE, seeds, start)
-    steps, heights, ends = _follow(surface, islice(points, surface.budget + 1))
+    steps, heights, ends = _follow(surface, islice(points, surface.budget + 1), _best_arrived)
     # A rate that diverges ends in NaN, which no comparison would put last.
     last = torch.where(heights.isfinite(), heights, float("inf")).median(dim=1).values.tolist()
     counts = steps.median(dim=1).values.tolist()

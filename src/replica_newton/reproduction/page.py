@@ -1,0 +1,129 @@
+"""The page of the study: docs/reproduction.md with its figures, from the results alone."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from replica_newton.files import replace_file
+from replica_newton.report.formats import format_count, format_nll, format_percent
+from replica_newton.report.style import save_figure
+from replica_newton.reproduction.curve_figures import (
+    ACTIVATION_NAMES,
+    DATASET_NAMES,
+    panels_figure,
+    peers_figure,
+    plateau_figure,
+    poster_figure,
+    search_figure,
+)
+from replica_newton.reproduction.design import Candidate
+from replica_newton.reproduction.findings import (
+    figure2_curves,
+    findings,
+    panel_curves,
+    peer_records,
+    plateau_steps,
+)
+from replica_newton.reproduction.mechanism_figures import mechanism_figure
+from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure
+from replica_newton.reproduction.plan import Plan
+from replica_newton.reproduction.results import Results, save_results
+from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
+
+SUMMARY = "summary.json"
+_SCALING_NAMES = {
+    "standard": "images of mean 0 and deviation 1",
+    "unit": "images in 0 … 1",
+    "symmetric": "images in −1 … 1",
+}
+
+
+def write_page(plan: Plan, results: Results, folder: Path, command: str) -> Path:
+    """Write `reproduction.md`, and `reproduction/` with the figures and all numbers.
+
+    Args:
+        plan: of the study.
+        results: all of its runs and measurements.
+        folder: where the page goes.
+        command: that made it.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: if the study is not finished.
+    """
+    found = findings(plan, results)
+    best = Candidate(**found["search"]["best"])
+    place = folder / "reproduction"
+    save_results(place / SUMMARY, results, findings=found)
+    curves = {
+        "closest reading": {dataset: figure2_curves(plan, results, dataset, best) for dataset in plan.datasets},
+        "literal reading": {dataset: figure2_curves(plan, results, dataset, None) for dataset in plan.datasets},
+    }
+    panels = {key: one for dataset in plan.datasets for key, one in panel_curves(plan, results, dataset).items()}
+    save_figure(poster_figure(curves), place, "figure2")
+    save_figure(panels_figure(panels), place, "panels")
+    peers = {dataset: peer_records(plan, results, dataset, best) for dataset in plan.datasets}
+    save_figure(peers_figure(peers), place, "peers")
+    save_figure(search_figure(plan.search_distances(results, 0) or {}), place, "readings")
+    save_figure(plateau_figure(plateau_steps(plan, results), found["plateau"]["limit"]), place, "plateau")
+    measured = {one.quantity: results.measurements[one.name] for one in plan.measurements()}
+    rates = [results.measurements[one.name] for one in plan.measurements() if one.quantity == "optimal_rate"]
+    save_figure(mechanism_figure(measured["mechanism"]), place, "mechanism")
+    save_figure(optimal_rate_figure(rates), place, "optimal_rate")
+    save_figure(surfaces_figure(), place, "figure1")
+    save_animation(place / "figure1.gif")
+    page = (
+        _templates()
+        .get_template("reproduction.md.j2")
+        .render(
+            command=command,
+            quick=plan.extent.train_limit is not None,
+            tuning_epochs=plan.extent.tuning_epochs,
+            findings=found,
+            surfaces=measured["surfaces"],
+            mechanism=measured["mechanism"],
+            rates=rates,
+        )
+    )
+    path = folder / "reproduction.md"
+    replace_file(path, page.encode())
+    return path
+
+
+def _templates() -> Environment:
+    # No HTML: the page is Markdown, and all of its values are our own.
+    environment = Environment(  # noqa: S701
+        loader=PackageLoader("replica_newton.reproduction", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[[Any], str]] = {
+        "nll": lambda value: "diverged" if value is None else format_nll(value),
+        "number": _number,
+        "percent": lambda value: "–" if value is None else format_percent(value),
+        "count": format_count,
+        "tick": lambda holds: "yes" if holds else "no",
+        "dataset": DATASET_NAMES.__getitem__,
+        "activation": ACTIVATION_NAMES.__getitem__,
+        "set_up": _set_up,
+    }
+    environment.filters |= filters
+    return environment
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0.0 else f"{value:.1e}"
+
+
+def _set_up(one: dict[str, Any]) -> str:
+    return f"{ACTIVATION_NAMES[one['activation']]}, {one['rate']:g}, {_SCALING_NAMES[one['scaling']]}"
