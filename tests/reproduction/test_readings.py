@@ -122,6 +122,12 @@ def test_own_steps_have_the_mean_step_as_their_mean() -> None:
         assert float(displacements.mean(0).abs().max()) < 1e-12 * max(1.0, float(displacements.abs().max()))
 
 
+def test_replicas_that_start_together_are_not_parted_by_rounding() -> None:
+    for M in (3, 6, 7, 8):
+        trainer = PaperReplicas([network().float() for _ in range(M)], LITERAL, RATE)
+        assert not bool(trainer.state_dict()["displacements"].any())
+
+
 def test_one_replica_is_sgd() -> None:
     trainer, model = replicas(LITERAL, M=1), network()
     optimizer = torch.optim.SGD(model.parameters(), RATE)

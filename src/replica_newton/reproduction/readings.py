@@ -104,8 +104,10 @@ class PaperReplicas:
         self.topology = Simulated(len(networks))
         self._parameters = list(self.module.parameters())
         points = torch.stack([nn.utils.parameters_to_vector(one.parameters()).detach() for one in networks])
-        self._mean = points.mean(dim=0)
-        self._displacements = points - self._mean
+        # By differences to the first: replicas that start together must not be parted by the rounding of their mean.
+        apart = points - points[0]
+        self._mean = points[0] + apart.mean(dim=0)
+        self._displacements = apart - apart.mean(dim=0)
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
