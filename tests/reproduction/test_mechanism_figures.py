@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from replica_newton.report.style import figure_svg
-from replica_newton.reproduction.mechanism_figures import mechanism_figure, save_mechanism
+from replica_newton.report.style import figure_svg, save_figure
+from replica_newton.reproduction.mechanism_figures import mechanism_figure
 
 
 def line(*middle):
@@ -126,7 +126,7 @@ def test_one_checkpoint_and_one_exponent(measurements):
 
 
 def test_saved_files(measurements, tmp_path):
-    save_mechanism(measurements, tmp_path / "new")
+    save_figure(mechanism_figure(measurements), tmp_path / "new", "mechanism")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["mechanism.png", "mechanism.svg"]
     png = (tmp_path / "new" / "mechanism.png").read_bytes()
     assert png.startswith(b"\x89PNG")

@@ -14,6 +14,7 @@ from reference import flat_loss, generator, normal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from replica_newton.report.style import save_figure
 from replica_newton.reproduction.optimal_rate import (
     MULTIPLES,
     SETTINGS,
@@ -21,7 +22,7 @@ from replica_newton.reproduction.optimal_rate import (
     descend,
     measure_optimal_rate,
 )
-from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure, save_optimal_rate
+from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure
 from replica_newton.reproduction.sharpness import exact_sharpness, replica_sharpness
 from replica_newton.training.datasets import Dataset, load_dataset
 
@@ -220,7 +221,7 @@ def test_the_figure_is_drawn_with_nothing_finite_or_several_seeds(measured: dict
             entry.update(loss=None, relative=None)
     assert crosses(optimal_rate_figure([lost])) == [measured["multiples"]] * 2
     several = measured | {"runs": [measured["runs"][0], diverged(measured)["runs"][0], measured["runs"][0]]}
-    save_optimal_rate([several], tmp_path)
+    save_figure(optimal_rate_figure([several]), tmp_path, "optimal_rate")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["optimal_rate.png", "optimal_rate.svg"]
     assert (tmp_path / "optimal_rate.svg").read_text().startswith("<?xml")
 

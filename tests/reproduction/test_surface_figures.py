@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replica_newton.reproduction.surface_figures import save_animation, save_surfaces, surfaces_figure
+from replica_newton.report.style import save_figure
+from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
 from replica_newton.reproduction.surfaces import METHODS, SURFACES, TOLERANCE
 
 DRAWN = {METHODS[name].label for name in METHODS if name != "paper-8"}
@@ -63,7 +64,7 @@ def test_nothing_sticks_out_of_the_figure(figure):
 
 
 def test_saved_files(tmp_path):
-    save_surfaces(tmp_path / "new")
+    save_figure(surfaces_figure(), tmp_path / "new", "figure1")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["figure1.png", "figure1.svg"]
     with Image.open(tmp_path / "new" / "figure1.png") as png:
         assert png.width >= 1500

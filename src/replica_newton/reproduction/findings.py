@@ -32,7 +32,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
         results: all of its runs.
 
     Returns:
-        By section: "set_up", "search", "figure2", "panels", "peers", "plateau".
+        By section: "extent", "set_up", "search", "figure2", "orderings", "panels", "peers", "plateau".
 
     Raises:
         ValueError: if the study is not finished.
@@ -40,6 +40,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
     best = plan.best(results)
     if best is None:
         raise ValueError("the study must be finished")
+    figure2 = {dataset: _figure2(plan, results, dataset, best) for dataset in plan.datasets}
     return {
         "extent": {
             "datasets": list(plan.datasets),
@@ -50,7 +51,8 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
         },
         "set_up": {dataset: _set_up(plan, results, dataset) for dataset in plan.datasets},
         "search": _search(plan, results, best),
-        "figure2": {dataset: _figure2(plan, results, dataset, best) for dataset in plan.datasets},
+        "figure2": figure2,
+        "orderings": {role: _orderings_met(figure2.values(), role) for role in ("poster", "closest", "literal")},
         "panels": {dataset: _panels(plan, results, dataset) for dataset in plan.datasets},
         "peers": {dataset: _peers(plan, results, dataset, best) for dataset in plan.datasets},
         "plateau": _plateau(plan, results),
@@ -195,6 +197,15 @@ def _figure2(plan: Plan, results: Results, dataset: str, best: Candidate) -> dic
         entry[role] = _outcome(dataset, figure2_curves(plan, results, dataset, candidate))
     sgd = figure2_curves(plan, results, dataset, best)[1]
     return entry | {"distance_if_all_were_sgd": distance(dataset, {M: sgd for M in poster if M > 1})}
+
+
+def _orderings_met(panels: Iterable[dict[str, Any]], role: str) -> int:
+    """How many of the orderings that hold on the poster hold for a role, over all data sets."""
+    return sum(
+        panel["poster"]["orderings"][statement] and holds
+        for panel in panels
+        for statement, holds in panel[role]["orderings"].items()
+    )
 
 
 def _outcome(dataset: str, curves: Curves) -> dict[str, Any]:

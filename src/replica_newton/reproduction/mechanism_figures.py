@@ -1,9 +1,7 @@
 """The figure of the mechanism: what the secants hold, one panel a quantity."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -13,10 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from replica_newton.files import replace_file
-from replica_newton.report.style import figure_svg, style
-
-_DPI = 180
+from replica_newton.report.style import style
 
 
 class _Look(NamedTuple):
@@ -77,21 +72,6 @@ def mechanism_figure(measurements: Mapping[str, Any]) -> Figure:
             figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return figure
-
-
-def save_mechanism(measurements: Mapping[str, Any], folder: Path) -> None:
-    """Figure of the mechanism as `mechanism.png` and `mechanism.svg`.
-
-    Args:
-        measurements: what `measure_mechanism` returned.
-        folder: folder of the two files; it is created when it is missing.
-    """
-    figure = mechanism_figure(measurements)
-    png = io.BytesIO()
-    with style():
-        figure.savefig(png, format="png", dpi=_DPI)
-    replace_file(folder / "mechanism.png", png.getvalue())
-    replace_file(folder / "mechanism.svg", figure_svg(figure).encode())
 
 
 def _line(axes: Axes, x: Sequence[float], line: Mapping[str, Sequence[float]], look: _Look, **style: Any) -> None:

@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -14,11 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from replica_newton.report.formats import format_count
-from replica_newton.report.style import save_figure, style
+from replica_newton.report.style import style
 from replica_newton.report.summary import dataset_name
 from replica_newton.reproduction.optimal_rate import SETTINGS
-
-__all__ = ["optimal_rate_figure", "save_optimal_rate"]
 
 # Okabe & Ito, "Color Universal Design" (2008); markers tell the lines apart without colour.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
@@ -59,16 +56,6 @@ def optimal_rate_figure(measurements: Sequence[dict[str, Any]]) -> Figure:
         panels[0].set_ylabel("loss at the end / loss at the start")
         _add_legend(figure, measurements)
     return figure
-
-
-def save_optimal_rate(measurements: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Figure as `optimal_rate.png` and `optimal_rate.svg`.
-
-    Args:
-        measurements: what `measure_optimal_rate` returned.
-        folder: Folder of the two files; it is created when it is missing.
-    """
-    save_figure(optimal_rate_figure(measurements), folder, "optimal_rate")
 
 
 def _title(measurements: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -113,8 +115,19 @@ def _templates() -> Environment:
         "dataset": DATASET_NAMES.__getitem__,
         "activation": ACTIVATION_NAMES.__getitem__,
         "set_up": _set_up,
+        "steps": lambda value: "never left" if value is None else f"{value:,}",
+        "arrival": lambda one: "never" if one["steps"] is None else str(one["steps"]),
+        "best_multiples": _best_multiples,
     }
     environment.filters |= filters
+    environment.filters |= {
+        "median": median,
+        "sharpness_error": _sharpness_error,
+        "at": lambda values, places, place: values[places.index(place)],
+        "replicas_only": lambda last: [value for M, value in last.items() if M != "1"],
+        "group": lambda groups, data, rate: next(one for one in groups if (one["data"], one["rate"]) == (data, rate)),
+        "overshoot": _overshoot,
+    }
     return environment
 
 
@@ -127,3 +140,36 @@ def _number(value: float | None) -> str:
 
 def _set_up(one: dict[str, Any]) -> str:
     return f"{ACTIVATION_NAMES[one['activation']]}, {one['rate']:g}, {_SCALING_NAMES[one['scaling']]}"
+
+
+def _overshoot(groups: list[dict[str, Any]]) -> list[tuple[int, float, str, dict[str, str]]]:
+    """Rows of the overshoot: size, exponent and error, and the range over M for each kind of displacement."""
+
+    def setting(one: dict[str, Any]) -> tuple[int, float, str]:
+        return one["size"], one["exponent"], one["error"]
+
+    rows = []
+    for key, members in groupby(sorted(groups, key=setting), setting):
+        ranges = {
+            one["displacements"]: f"{_number(min(one['captured_length']['median']))} – "
+            f"{_number(max(one['captured_length']['median']))}"
+            for one in members
+        }
+        rows.append((*key, ranges))
+    return rows
+
+
+def _sharpness_error(rates: list[dict[str, Any]]) -> float:
+    """Largest relative error of the replicas' λ_max."""
+    pairs = [
+        (run["sharpness"]["replicas"]["value"], run["sharpness"]["exact"]["value"])
+        for one in rates
+        for run in one["runs"]
+    ]
+    return max((abs(replicas / exact - 1.0) for replicas, exact in pairs), default=math.nan)
+
+
+def _best_multiples(rates: list[dict[str, Any]]) -> str:
+    """Range of the best multiples of 1/λ_max under full batch."""
+    best = [multiple for one in rates for multiple in one["summary"]["full_batch"]["best"]]
+    return f"{_number(min(best))} to {_number(max(best))}"

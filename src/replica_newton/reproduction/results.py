@@ -71,16 +71,18 @@ class Results:
     measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, task: Request | Measurement, outcome: Any) -> None:
-        """Take in what a task has brought.
+        """Take in what a task has brought, in six digits.
+
+        A file keeps no more, and no choice may depend on whether the study was interrupted before it.
 
         Args:
             task: what was asked for.
             outcome: its record, or what was measured.
         """
         if isinstance(task, Measurement):
-            self.measurements[task.name] = outcome
+            self.measurements[task.name] = _rounded(outcome)
         else:
-            self.records[task.experiment] = outcome
+            self.records[task.experiment] = Record.from_json(_rounded(outcome.to_json()))
 
     def get(self, experiment: Experiment, epochs: int) -> Record | None:
         """What a run had reached after so many epochs.
@@ -146,7 +148,7 @@ def save_results(path: Path, results: Results, **further: Any) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every number: more would only be a longer file."""
+    """Six digits of every number."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

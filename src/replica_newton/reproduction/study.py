@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from replica_newton.reproduction.readings import reading_named
 from replica_newton.reproduction.results import Measurement, Request, Results, load_results, save_results
 from replica_newton.reproduction.surfaces import compare_surfaces
 from replica_newton.reproduction.trainers import TRAINERS
+from replica_newton.training.run import RunError
 
 Task = Request | Measurement
 # glibc gives freed memory back and takes it again at every step, a quarter of a step's time, unless told otherwise.
@@ -86,7 +88,7 @@ class Study:
             All results.
 
         Raises:
-            RunError: if the summary cannot be read.
+            RunError: if the summary cannot be read, or a process of the study dies.
         """
         results = load_results(self.summary)
         done = 0.0
@@ -111,7 +113,13 @@ class Study:
                     observer.update(done + partly, total, [(task.label, epochs, task.epochs) for task, epochs in now])
                 for future in finished:
                     task = running.pop(future)
-                    outcome = future.result()
+                    try:
+                        outcome = future.result()
+                    except BrokenProcessPool as error:
+                        raise RunError(
+                            f"a process of the study has died (killed, or out of memory) during {task.label}: "
+                            "the same command goes on"
+                        ) from error
                     done += _seconds_per_epoch(results)(task) * task.epochs
                     results.add(task, outcome)
                     save_results(self.summary, results)

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
 from replica_newton.files import replace_file
-from replica_newton.report.style import save_figure, style
+from replica_newton.report.style import style
 from replica_newton.reproduction.surfaces import METHODS, SURFACES, TOLERANCE, Surface, approach
 
 FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
@@ -103,15 +103,6 @@ def surfaces_figure() -> Figure:
         curves[0].set_ylabel("height above the minimum")
         _add_legend(figure)
     return figure
-
-
-def save_surfaces(folder: Path) -> None:
-    """Figure 1 as `figure1.png` and `figure1.svg`.
-
-    Args:
-        folder: Folder of the two files; it is created when it is missing.
-    """
-    save_figure(surfaces_figure(), folder, "figure1")
 
 
 def save_animation(path: Path, *, frames: int = FRAMES) -> None:
