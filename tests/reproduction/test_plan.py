@@ -94,8 +94,7 @@ def test_rounds_keep_the_closest(study: tuple[Plan, Results, list[Request]]) -> 
         assert len(candidates) == (one.candidates or 2 * len(READINGS))
         assert PLANTED in candidates
         runs = {(request.experiment, request.epochs) for request in order}
-        datasets = plan.datasets if one.all_datasets else plan.datasets[:1]
-        expected = len(candidates) * len(one.replicas) * len(datasets)
+        expected = len(candidates) * len(one.replicas) * len(plan.datasets)
         found = {
             request.experiment
             for request in plan.round_requests(results, number)

@@ -20,7 +20,7 @@ TINY = Extent(
     epochs=2,
     calibration_epochs=1,
     search_rates=(0.01,),
-    rounds=(Round(None, 1, (8,), all_datasets=False), Round(2, 1, (2, 8), all_datasets=True)),
+    rounds=(Round(None, 1, (8,)), Round(2, 1, (2, 8))),
     tuning_epochs=1,
     plateau_epochs=1,
     plateau_seeds=(0,),
@@ -37,10 +37,12 @@ class Silent:
         self.stop_after = stop_after
 
     def update(self, done: float, total: float, running: list[tuple[str, float, int]]) -> None:
+        """Remember the share that is done."""
         assert all(0.0 <= epochs <= of for _, epochs, of in running)
         self.shares.append(done / total)
 
     def finish(self, task: Task, record: Record | None) -> None:
+        """Remember the task, and stop if it is time."""
         assert (record is None) == isinstance(task, Measurement)
         self.finished.append(task)
         if len(self.finished) == self.stop_after:
@@ -67,7 +69,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three readings in place of 128, and one measurement."""
     readings = (LITERAL, Reading(parting="reset"), Reading(start="different", parting="fixed"))
     monkeypatch.setattr(plan_module, "READINGS", readings)
-    monkeypatch.setattr(Plan, "measurements", lambda self: [Measurement("surfaces", "mnist", "relu", 512)])
+    monkeypatch.setattr(Plan, "measurements", lambda _: [Measurement("surfaces", "mnist", "relu", 512)])
 
 
 def study(folder: Path, images: Path) -> Study:
@@ -108,7 +110,10 @@ def test_a_killed_process_is_named_and_loses_nothing(images: Path, tmp_path: Pat
     one = study(tmp_path, images)
 
     class Killer(Silent):
+        """Kills a worker when three tasks are finished."""
+
         def finish(self, task: Task, record: Record | None) -> None:
+            """Remember, and kill."""
             super().finish(task, record)
             if len(self.finished) == 3:
                 for process in _children():
@@ -121,7 +126,7 @@ def test_a_killed_process_is_named_and_loses_nothing(images: Path, tmp_path: Pat
 
 
 def _children() -> list[int]:
-    """The processes that work for this one, its manager not among them."""
+    """The largest process that this one has started: one of the workers, which have data and networks."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -130,7 +135,6 @@ def _children() -> list[int]:
                 memory = int((folder / "statm").read_text().split()[1])
             except (OSError, IndexError):
                 continue
-            # Workers have loaded torch, the manager of their progress has too: the largest are the workers.
             if int(status[1]) == os.getpid():
                 found.append((memory, int(folder.name)))
     return [process for _, process in sorted(found)[-1:]]

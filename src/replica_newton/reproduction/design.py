@@ -33,7 +33,6 @@ class Round(NamedTuple):
     candidates: int | None
     epochs: int
     replicas: tuple[int, ...]
-    all_datasets: bool
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class Extent:
     calibration_epochs: int = 10
     search_rates: tuple[float, ...] = RATES
     rounds: tuple[Round, ...] = (
-        Round(None, 1, (8,), all_datasets=False),
-        Round(16, 3, (2, 8), all_datasets=True),
-        Round(4, 8, (2, 8), all_datasets=True),
+        Round(None, 1, (8,)),
+        Round(16, 3, (2, 8)),
+        Round(4, 8, (2, 8)),
     )
     tuning_epochs: int = 5
     plateau_epochs: int = 8
@@ -71,9 +70,9 @@ QUICK = Extent(
     calibration_epochs=3,
     search_rates=(0.01,),
     rounds=(
-        Round(None, 1, (8,), all_datasets=False),
-        Round(8, 2, (2, 8), all_datasets=True),
-        Round(3, 4, (2, 8), all_datasets=True),
+        Round(None, 1, (8,)),
+        Round(8, 2, (2, 8)),
+        Round(3, 4, (2, 8)),
     ),
     tuning_epochs=2,
     plateau_epochs=12,

@@ -215,7 +215,7 @@ def batches(size: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tenso
         yield order[start : start + batch_size]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def scaled_dataset(name: str, path: Path | None, scaling: Scaling, train_limit: int | None = None) -> Dataset:
     """A data set with its images scaled.
 

@@ -166,7 +166,7 @@ def _search(plan: Plan, results: Results, best: Candidate) -> dict[str, Any]:
                 "candidates": len(ranked),
                 "epochs": one.epochs,
                 "replicas": list(one.replicas),
-                "datasets": list(plan.datasets if one.all_datasets else plan.datasets[:1]),
+                "datasets": list(plan.datasets),
                 "diverged": _diverged(plan, results, number),
                 "no_effect": _no_effect(plan, results, number),
                 "literal": {f"{one.rate:g}": distances.get(one) for one in literal},
@@ -274,7 +274,7 @@ def _no_effect(plan: Plan, results: Results, number: int) -> float:
     """Distance of a reading that changes nothing, whatever M: all its curves are those of SGD."""
     one = plan.extent.rounds[number]
     squares = []
-    for dataset in plan.datasets if one.all_datasets else plan.datasets[:1]:
+    for dataset in plan.datasets:
         sgd = figure2_curves(plan, results, dataset, None)[1][: one.epochs]
         squares.append(distance(dataset, dict.fromkeys(one.replicas, sgd)) ** 2)
     return math.sqrt(sum(squares) / len(squares))

@@ -34,6 +34,7 @@ from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure
 from replica_newton.reproduction.plan import Plan
 from replica_newton.reproduction.results import Results, save_results
 from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
+from replica_newton.reproduction.surfaces import METHODS
 
 SUMMARY = "summary.json"
 _SCALING_NAMES = {
@@ -90,6 +91,7 @@ def write_page(plan: Plan, results: Results, folder: Path, command: str) -> Path
             surfaces=measured["surfaces"],
             mechanism=measured["mechanism"],
             rates=rates,
+            surface_methods={name: method.label for name, method in METHODS.items()},
         )
     )
     path = folder / "reproduction.md"
@@ -114,6 +116,7 @@ def _templates() -> Environment:
         "tick": lambda holds: "yes" if holds else "no",
         "dataset": DATASET_NAMES.__getitem__,
         "activation": ACTIVATION_NAMES.__getitem__,
+        "cell": lambda text: text.replace("|", "\\|"),
         "set_up": _set_up,
         "steps": lambda value: "never left" if value is None else f"{value:,}",
         "arrival": lambda one: "never" if one["steps"] is None else str(one["steps"]),

@@ -29,7 +29,7 @@ class Plan:
     """The study of some data sets.
 
     Attributes:
-        datasets: "mnist", "cifar10"; the first is the one that all readings are tried on.
+        datasets: "mnist", "cifar10"; measurements are made on the first.
         extent: how much is run.
     """
 
@@ -332,7 +332,7 @@ class Plan:
         one = self.extent.rounds[number]
         stage = f"readings, round {number + 1}"
         requests = {}
-        for dataset in self.datasets if one.all_datasets else self.datasets[:1]:
+        for dataset in self.datasets:
             found = set_ups[dataset]
             set_up = found or SetUp("relu", RATES[-1], "standard")
             requests[dataset] = [
