@@ -4,7 +4,7 @@ from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_
 from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
 from replica_newton.optim import ReplicaNewton
 from replica_newton.spread import LocalStep, RandomDirections, TrackedSubspace
-from replica_newton.topology import Simulated
+from replica_newton.topology import Simulated, TreeReduction
 
 __all__ = [
     "CurvatureMonitor",
@@ -15,6 +15,7 @@ __all__ = [
     "SecantCurvature",
     "Simulated",
     "TrackedSubspace",
+    "TreeReduction",
     "exact_newton_step",
     "saddle_free_inverse_hvp",
 ]

@@ -1,5 +1,7 @@
 """Newton steps: saddle-free from eigenpairs, and exact for Hessians small enough to write down."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ def saddle_free_inverse_hvp(
     damping: float = 0.0,
     bulk_rate: float = 1.0,
     rtol: float = 1e-6,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Product of z with `|H|⁻¹` on known eigenpairs, and with a multiple of the identity across them.
 
@@ -27,6 +30,7 @@ def saddle_free_inverse_hvp(
         bulk_rate: factor outside the span of the eigenvectors; 1 as in the paper.
         rtol: pairs with `|θ_i| + damping ≤ rtol · (max|θ| + damping)` count as part of the bulk: there is no
             curvature to divide by.
+        total: sums over processes that hold different columns of z and the eigenvectors; see `SecantCurvature`.
 
     Returns:
         The product, of the shape of `z`, in the dtype of `eigenvectors`.
@@ -54,7 +58,10 @@ def saddle_free_inverse_hvp(
     curved = ~(curvatures <= rtol * curvatures.max()) if curvatures.numel() else curvatures > 0
     curvatures, eigenvectors = curvatures[curved], eigenvectors[curved]
     with torch.autocast(z.device.type, enabled=False):
-        change: Tensor = (z @ eigenvectors.T) * (curvatures.reciprocal() - bulk_rate)
+        along: Tensor = z @ eigenvectors.T
+        if total is not None:
+            along = total(along.double().cpu()).to(along)
+        change: Tensor = along * (curvatures.reciprocal() - bulk_rate)
         return torch.add(change @ eigenvectors, z, alpha=bulk_rate)
 
 

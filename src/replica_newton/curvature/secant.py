@@ -1,5 +1,6 @@
 """The paper's algebra: the inverse-Hessian product of any vector from replicas at different parameters."""
 
+from collections.abc import Callable
 from functools import cached_property
 from math import isfinite
 
@@ -54,6 +55,11 @@ class SecantCurvature:
         damping: λ ≥ 0 in units of Hessian eigenvalues: the secants become `G + λ W = (H + λ I) W`, and singular
             vectors, `inverse_hvp` and `hvp` belong to `H + λ I`. Eigenvalues stay those of H.
 
+        total: for rows that are split by columns over several processes, each of which makes an object of its own
+            columns: sums an fp64 tensor on the CPU over the processes. Everything N-sized (vectors z, results) is then
+            the process's part, everything M-sized is the same on all. Properties and methods that need a new inner
+            product call it, so all processes must use them in the same order.
+
     Raises:
         TypeError: if W or G is not a dense real floating-point tensor.
         ValueError: if shapes or devices differ or are not `(M, N)`; if an element is not finite; if `rtol` is not
@@ -63,7 +69,15 @@ class SecantCurvature:
         Arnold and Wang (2017), arXiv 1709.05069, section 2.
     """
 
-    def __init__(self, W: Tensor, G: Tensor, *, rtol: float = DEFAULT_RTOL, damping: float = 0.0) -> None:
+    def __init__(
+        self,
+        W: Tensor,
+        G: Tensor,
+        *,
+        rtol: float = DEFAULT_RTOL,
+        damping: float = 0.0,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         check_rows("W", W)
         check_rows("G", G)
         if W.shape != G.shape or W.device != G.device:
@@ -89,9 +103,13 @@ class SecantCurvature:
         W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
         # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
         self._factors = G_rows.double() if N <= CHUNK else G_rows
-        self._gradient_gram = inner_products(self._factors, self._factors)
+        self._total = total if total is not None else _alone
+        gram = inner_products(self._factors, self._factors)
         squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
-        self._parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
+        parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
+        sums = self._total(torch.cat((gram.flatten(), torch.tensor([squared_length, parted], dtype=gram.dtype))))
+        self._gradient_gram = sums[:-2].reshape(gram.shape)
+        squared_length, self._parted = float(sums[-2]), bool(sums[-1])
         if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
             for name, rows in (("W", W), ("G", G)):
                 check_finite(name, rows)
@@ -102,7 +120,8 @@ class SecantCurvature:
     @cached_property
     def _displacement_products(self) -> tuple[Tensor, Tensor]:
         """Inner products of the differences in W with those in W and in G, `(M−1, M−1)` each, in fp64."""
-        WW, WG = inner_products(self._rows[: self.replicas - 1], self._rows).tensor_split(2, dim=1)
+        products = self._total(inner_products(self._rows[: self.replicas - 1], self._rows))
+        WW, WG = products.tensor_split(2, dim=1)
         return WW, WG
 
     @cached_property
@@ -272,7 +291,7 @@ class SecantCurvature:
         dots = inner_products(vectors, self._factors)
         if self.damping:
             dots += self.damping * inner_products(vectors, self._rows[: M - 1])
-        return dots.reshape(*z.shape[:-1], M - 1)
+        return self._total(dots).reshape(*z.shape[:-1], M - 1)
 
     def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
         """Differences in W and in G to the first replica, summed with weights `(M−1,)` or `(k, M−1)`."""
@@ -281,6 +300,11 @@ class SecantCurvature:
             return weights @ self._rows
         with torch.autocast(weights.device.type, enabled=False):
             return weights @ self._rows
+
+
+def _alone(sums: Tensor) -> Tensor:
+    """The total where one process holds all columns."""
+    return sums
 
 
 def _reciprocal_of_largest(values: Tensor) -> float:

@@ -12,7 +12,7 @@ from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.spread import LocalStep, Spread
-from replica_newton.topology import ReplicaClosure, Simulated
+from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class ReplicaNewton(Optimizer):
         params: parameters, or groups of them.
         lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group.
         rule: which inverse the step uses.
-        topology: where the replicas live. `Simulated(1)` has no curvature: plain SGD.
+        topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
+            `Simulated(1)`, the default, has no curvature: plain SGD.
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
@@ -69,7 +70,7 @@ class ReplicaNewton(Optimizer):
         lr: float | Tensor = 0.1,
         *,
         rule: Rule = "paper",
-        topology: Simulated | None = None,
+        topology: Topology | None = None,
         spread: Spread | None = None,
         secant_data: Data = "own",
         damping: float = 0.0,
@@ -87,19 +88,22 @@ class ReplicaNewton(Optimizer):
         if not 0.0 <= rtol < 1.0:
             raise ValueError(f"{rtol=} must be in [0, 1)")
         self.rule = rule
-        self.topology = Simulated(1) if topology is None else topology
+        self.topology: Topology = Simulated(1) if topology is None else topology
         self.spread = LocalStep() if spread is None else spread
+        if self.topology.distributed and not isinstance(self.spread, LocalStep):
+            raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
         self.secant_data = secant_data
         self.damping = damping
         self.rtol = rtol
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
+        self._together = False
         super().__init__(params, {"lr": lr, "maximize": maximize})
         if self.topology.replicas == 1:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "fallbacks")
+        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "fallbacks", "_together")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,15 +126,17 @@ class ReplicaNewton(Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: ReplicaClosure) -> Tensor: ...
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
 
     @torch.no_grad()
-    def step(self, closure: ReplicaClosure | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Take one step.
 
         Args:
-            closure: made by `topology.closure(module, criterion, inputs, targets)`: it evaluates the replicas. None
-                takes the SGD step with the gradients at hand; the replicas keep their displacements.
+            closure: made by `topology.closure(module, criterion, inputs, targets)`: it evaluates the replicas. Over
+                several processes any closure does that calls `backward` on the loss of this process's batch, as long
+                as secants come from own data. None takes the SGD step with the gradients at hand; the replicas keep
+                their displacements.
 
         Returns:
             The loss, mean over replicas; None without a closure.
@@ -139,34 +145,41 @@ class ReplicaNewton(Optimizer):
             TypeError: if the closure cannot evaluate replicas.
             ValueError: if a gradient is sparse, no parameter requires one, or the closure's topology has another
                 number of replicas.
-            FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step.
+            FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step. Raised
+                by all processes.
         """
-        if closure is None:
+        if closure is None and not self.topology.distributed:
             self._step_on_given_gradients()
             return None
-        if not isinstance(closure, ReplicaClosure):
-            raise TypeError(
-                f"closure must come from topology.closure(module, criterion, inputs, targets), got {_name(closure)}"
-            )
-        if closure.replicas != self.topology.replicas:
-            raise ValueError(
-                f"closure evaluates {closure.replicas} replicas, the optimizer's topology has {self.topology.replicas}"
-            )
-
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
-        W = self._displacements(parameters)
-        points = W + torch.cat([p.flatten() for p in parameters]).to(W.dtype)
-        losses, gradients = self._evaluate(closure, parameters, points, "own")
-
-        self.curvature = self._observe(closure, parameters, points, W, gradients)
+        shared, W = self._stand(parameters)
+        points = self.topology.points(_flat(parameters), W)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
-        direction = self._direction(gradients.mean(dim=0), rates)
-        self._move(parameters, direction * -rates)
+        losses, gradients = self._evaluate(closure or _given(parameters), parameters, points, "own")
+        mean = gradients.mean(dim=0)
+        if closure is None:
+            self._settle(parameters, shared - rates * mean, W)
+            return None
+        self.curvature = self._observe(closure, parameters, points, W, gradients)
+        direction = self._direction(mean, rates)
         step = self.state[parameters[0]].get("step", 0)
-        self._part(parameters, self.spread.displacements(gradients, rates, step), step + 1)
-        return losses.mean()
+        self._settle(
+            parameters, shared - rates * direction, self.spread.displacements(gradients, rates, step), step + 1
+        )
+        return losses.mean().to(points)
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Put the module at the parameters that all replicas share, the same bits in every process.
+
+        Where replicas live in one process it stands there anyway. The next step moves them apart again.
+        """
+        parameters = self._trained()
+        if self.topology.distributed and "shared" in self.state[parameters[0]]:
+            self._write(parameters, self.topology.whole(self.state[parameters[0]]["shared"], _size(parameters)))
+            self._together = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; displacements keep their precision where parameters have less.
@@ -181,34 +194,66 @@ class ReplicaNewton(Optimizer):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for parameter, index in zip(parameters, indices, strict=True):
             saved = state_dict["state"].get(index, {})
-            if "displacements" in saved:
-                self.state[parameter]["displacements"] = saved["displacements"].to(parameter.device, copy=True)
+            for name in {"displacements", "shared"} & saved.keys():
+                self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+        self._together = True
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""
+        topology, dtype = self.topology, working_dtype(*parameters)
+        if not topology.distributed:
+            return _flat(parameters).to(dtype), self._displacements(parameters)
+        state = self.state[parameters[0]]
+        width = topology.part(_flat(parameters)).numel()
+        if tuple(state.get("displacements", torch.empty(0)).shape) != (topology.replicas, width):
+            topology.spread_from_first(parameters, "first parameters")
+            shared = topology.part(_flat(parameters).to(dtype))
+            return shared, shared.new_zeros(topology.replicas, width)
+        shared, W = state["shared"], state["displacements"]
+        if self._together:
+            self._write(parameters, topology.published(shared, W, _size(parameters)))
+            self._together = False
+        return shared, W
+
+    def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
+        """Move all to new shared parameters and displacements, and keep them."""
+        self._write(parameters, self.topology.published(shared, W, _size(parameters)))
+        if self.topology.distributed:
+            self.state[parameters[0]] |= {"displacements": W, "shared": shared}
+        else:
+            self._part(parameters, W)
+        if step is not None:
+            for parameter in parameters:
+                self.state[parameter]["step"] = step
 
     def _evaluate(
-        self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, data: Data
+        self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, data: Data
     ) -> tuple[Tensor, Tensor]:
-        """Losses `(M,)` and gradients `(M, N)` of what is minimised: the negated loss in groups that maximize."""
-        losses, gradients = closure.gradients(parameters, points, data=data)
-        gradients = gradients.to(points.dtype)
-        finite = torch.isfinite(losses) & torch.isfinite(gradients.sum(dim=1))
-        if not bool(finite.all()):
-            replica = int((~finite).nonzero()[0])
-            raise FloatingPointError(
-                f"loss or gradient of replica {replica} is not finite (loss {float(losses[replica])})"
-            )
-        signs = self._by_element(parameters, [-1.0 if group["maximize"] else 1.0 for group in self.param_groups])
-        return losses, gradients.mul_(signs)
+        """Losses `(M,)`, and columns `(M, n)` of the gradients of what is minimised: negated if a group maximizes."""
+        losses, rows = self.topology.gradients(closure, parameters, points, data)
+        rows = rows.to(points.dtype)
+        finite = torch.isfinite(losses) & torch.isfinite(rows.sum(dim=1))
+        table = self.topology.by_replica(torch.stack((finite.to(losses), losses), dim=1))
+        if not bool(table[:, 0].all()):
+            replica = int((table[:, 0] == 0.0).nonzero()[0])
+            loss = float(table[replica, 1])
+            raise FloatingPointError(f"loss or gradient of replica {replica} is not finite (loss {loss})")
+        signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        return table[:, 1], self.topology.columns(rows).mul_(self._by_element(parameters, signs))
 
     def _observe(
-        self, closure: ReplicaClosure, parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
+        self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
     ) -> SecantCurvature | None:
         """Secants of this step; None before the replicas have parted."""
         low, high = torch.aminmax(W)
-        if low == high:
+        if not bool(self.topology.total((low != high).double().cpu())):
             return None
         if self.secant_data == "common":
             _, gradients = self._evaluate(closure, parameters, points, "common")
-        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping)
+        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping, total=self.topology.total)
 
     def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Tensor:
         """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
@@ -219,10 +264,15 @@ class ReplicaNewton(Optimizer):
             direction = curvature.inverse_hvp(mean_gradient)
         else:
             direction = saddle_free_inverse_hvp(
-                curvature.eigenvalues, curvature.eigenvectors, mean_gradient, damping=self.damping, rtol=self.rtol
+                curvature.eigenvalues,
+                curvature.eigenvectors,
+                mean_gradient,
+                damping=self.damping,
+                rtol=self.rtol,
+                total=self.topology.total,
             )
         descent = direction * rates if isinstance(rates, Tensor) else direction
-        if float(descent @ mean_gradient) > 0.0:
+        if float(self.topology.total((descent @ mean_gradient).double().cpu())) > 0.0:
             return direction
         self.fallbacks += 1
         return mean_gradient
@@ -239,18 +289,17 @@ class ReplicaNewton(Optimizer):
             pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
         return torch.cat(pieces, dim=1).to(dtype)
 
-    def _part(self, parameters: list[Tensor], displacements: Tensor, step: int) -> None:
-        """Keep the new displacements, by parameter, so that checkpoints follow the parameters."""
+    def _part(self, parameters: list[Tensor], displacements: Tensor) -> None:
+        """Keep the displacements by parameter, so that checkpoints follow the parameters."""
         pieces = torch.split(displacements, [p.numel() for p in parameters], dim=1)
         for parameter, piece in zip(parameters, pieces, strict=True):
-            rows = piece.reshape(len(displacements), *parameter.shape)
-            self.state[parameter] |= {"displacements": rows, "step": step}
+            self.state[parameter]["displacements"] = piece.reshape(len(displacements), *parameter.shape)
 
     def _by_element(self, parameters: list[Tensor], by_group: list[float]) -> Tensor | float:
-        """A number of every group: one for all, or `(N,)` where groups differ."""
+        """A number of every group: one for all, or for every column held here, `(n,)`, where groups differ."""
         if len(set(by_group)) == 1:
             return by_group[0]
-        return torch.cat(
+        elements = torch.cat(
             [
                 torch.full((p.numel(),), value, dtype=working_dtype(*parameters), device=p.device)
                 for value, group in zip(by_group, self.param_groups, strict=True)
@@ -258,13 +307,14 @@ class ReplicaNewton(Optimizer):
                 if p.requires_grad
             ]
         )
+        return self.topology.part(elements)
 
     @staticmethod
-    def _move(parameters: list[Tensor], change: Tensor) -> None:
-        """`w ← w + change`."""
-        pieces = torch.split(change, [p.numel() for p in parameters])
+    def _write(parameters: list[Tensor], values: Tensor) -> None:
+        """`w ← values`, `(N,)`."""
+        pieces = torch.split(values, [p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.add_(piece.reshape(parameter.shape))
+            parameter.copy_(piece.reshape(parameter.shape))
 
     def _step_on_given_gradients(self) -> None:
         """SGD step on what is in `.grad`; parameters without gradient stay."""
@@ -284,5 +334,21 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
 
 
-def _name(closure: Callable[[], object]) -> str:
-    return getattr(closure, "__qualname__", type(closure).__qualname__)
+def _flat(parameters: list[Tensor]) -> Tensor:
+    return torch.cat([parameter.flatten() for parameter in parameters])
+
+
+def _size(parameters: list[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:
+    """Closure that finds the gradients as they are."""
+    gradients = [parameter.grad for parameter in parameters]
+
+    def closure() -> Tensor:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return parameters[0].new_zeros(())
+
+    return closure

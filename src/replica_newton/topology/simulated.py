@@ -39,6 +39,8 @@ class Simulated:
         ValueError: if `replicas` is not a positive integer.
     """
 
+    distributed = False
+
     def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
             raise ValueError(f"{replicas=} must be an integer >= 1")
@@ -74,6 +76,64 @@ class Simulated:
             ValueError: if M does not divide the number of samples or inputs and targets differ in it.
         """
         return ReplicaClosure(self, module, criterion, inputs if isinstance(inputs, tuple) else (inputs,), targets)
+
+    def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:
+        """Where the replicas stand; see `Topology`."""
+        return displacements + parameters.to(displacements.dtype)
+
+    def published(self, shared: Tensor, displacements: Tensor, size: int) -> Tensor:  # noqa: ARG002
+        """The module stands at the shared parameters; see `Topology`."""
+        return shared
+
+    def gradients(
+        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], points: Tensor, data: Data
+    ) -> ReplicaGradients:
+        """Losses and gradients of all replicas; see `Topology`.
+
+        Args:
+            closure: made by `closure` of a topology of as many replicas.
+            parameters: whose gradients are wanted.
+            points: `(M, N)`.
+            data: own shards, or one common shard.
+
+        Returns:
+            Losses `(M,)` and gradients `(M, N)`.
+
+        Raises:
+            TypeError: if the closure cannot evaluate replicas.
+            ValueError: if it evaluates another number of them.
+        """
+        if not isinstance(closure, ReplicaClosure):
+            name = getattr(closure, "__qualname__", type(closure).__qualname__)
+            raise TypeError(f"closure must come from topology.closure(module, criterion, inputs, targets), got {name}")
+        if closure.replicas != self.replicas:
+            raise ValueError(
+                f"closure evaluates {closure.replicas} replicas, the optimizer's topology has {self.replicas}"
+            )
+        return closure.gradients(parameters, points, data=data)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """All columns; see `Topology`."""
+        return rows
+
+    def part(self, vector: Tensor) -> Tensor:
+        """All of a vector; see `Topology`."""
+        return vector
+
+    def whole(self, part: Tensor, size: int) -> Tensor:  # noqa: ARG002
+        """A vector from all of it; see `Topology`."""
+        return part
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sum over one process; see `Topology`."""
+        return sums
+
+    def by_replica(self, values: Tensor) -> Tensor:
+        """Numbers of all replicas, which are here; see `Topology`."""
+        return values.double().cpu()
+
+    def spread_from_first(self, tensors: Sequence[Tensor], phase: str) -> None:
+        """Nothing to do in one process; see `Topology`."""
 
     def evaluate(
         self,

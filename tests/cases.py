@@ -1,0 +1,213 @@
+"""What the processes of `processes.run_processes` do, and the same in one process."""
+
+import copy
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from processes import Leave
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from replica_newton import RandomDirections, ReplicaNewton, Simulated, TreeReduction
+from replica_newton.topology import TopologyError
+
+BATCH = 48
+CLASSES = 4
+
+
+class Network(nn.Module):
+    """Batch normalisation or not, a parameter of no dimension, one that gets no gradient; 155 or 171 elements."""
+
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 12)
+        self.norm = nn.BatchNorm1d(12) if normalised else nn.Identity()
+        self.second = nn.Linear(12, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.second(torch.tanh(self.norm(self.first(x)))) * self.scale
+
+
+def network(dtype: torch.dtype, *, normalised: bool = False, seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network(normalised).to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A global batch that is the same for all."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    inputs = torch.randn(BATCH, 7, generator=generator, dtype=torch.float64)
+    targets = (inputs[:, :CLASSES] + 0.3 * torch.randn(BATCH, CLASSES, generator=generator)).argmax(dim=1)
+    return inputs.to(dtype), targets
+
+
+def train(
+    rank: int | None,
+    count: int,
+    *,
+    steps: int,
+    dtype: torch.dtype = torch.float64,
+    normalised: bool = False,
+    plain_closure: bool = False,
+    lr: float = 0.05,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
+    # Processes start apart on purpose: rank 0 decides.
+    module = network(dtype, normalised=normalised, seed=rank or 0)
+    topology: Any = Simulated(count) if rank is None else TreeReduction()
+    optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **options)
+    losses, eigenvalues, together = [], [], []
+    for step in range(steps):
+        inputs, targets = batch(step, dtype)
+        if rank is not None:
+            inputs, targets = inputs.chunk(count)[rank], targets.chunk(count)[rank]
+        closure = topology.closure(module, cross_entropy, inputs, targets)
+        if plain_closure and rank is not None:
+
+            def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                loss = cross_entropy(module(inputs), targets)
+                loss.backward()
+                return loss
+
+        losses.append(float(optimizer.step(closure)))
+        if optimizer.curvature is not None:
+            eigenvalues.append(optimizer.curvature.eigenvalues)
+        if step % 50 == 7:
+            optimizer.synchronise()
+            together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+    optimizer.synchronise()
+    return {
+        "losses": losses,
+        "eigenvalues": eigenvalues,
+        "together": together,
+        "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
+        "buffers": [buffer.clone() for buffer in module.buffers()],
+        "fallbacks": optimizer.fallbacks,
+        "sent": dict(topology.elements_sent) if rank is not None else {},
+        "state": sum(
+            value.numel() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ),
+    }
+
+
+def resume(rank: int, count: int, *, steps: int) -> tuple[Tensor, Tensor]:
+    """Parameters after twice as many steps, without and with a checkpoint half-way."""
+    ends = []
+    for interrupted in (False, True):
+        module = network(torch.float32)
+        topology = TreeReduction()
+        optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+        for step in range(2 * steps):
+            if interrupted and step == steps:
+                optimizer.synchronise()
+                saved = module.state_dict(), optimizer.state_dict()
+                module = network(torch.float32, seed=9)
+                optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+                module.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+            inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float32))
+            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
+        optimizer.synchronise()
+        ends.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+    return ends[0], ends[1]
+
+
+def given_gradients(rank: int, count: int) -> tuple[Tensor, Tensor]:
+    """Parameters after steps without a closure, and after SGD on the mean gradient."""
+    module, reference = network(torch.float64), network(torch.float64)
+    optimizer = ReplicaNewton(module.parameters(), 0.1, topology=TreeReduction())
+    sgd = torch.optim.SGD(reference.parameters(), 0.1)
+    for step in range(3):
+        inputs, targets = batch(step, torch.float64)
+        module.zero_grad()
+        cross_entropy(module(inputs.chunk(count)[rank]), targets.chunk(count)[rank]).backward()
+        optimizer.step()
+        sgd.zero_grad()
+        cross_entropy(reference(inputs), targets).backward()
+        sgd.step()
+    optimizer.synchronise()
+    return tuple(nn.utils.parameters_to_vector(one.parameters()).detach() for one in (module, reference))
+
+
+def not_finite(rank: int, count: int) -> dict[str, Any]:
+    """One replica's loss is nan in the fourth step: what all of them say, and that training can go on."""
+    module = network(torch.float64)
+    topology = TreeReduction()
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    said, before, after = "", None, None
+    for step in range(6):
+        inputs, targets = (one.chunk(count)[rank].clone() for one in batch(step, torch.float64))
+        if step == 3 and rank == 1:
+            inputs[0, 0] = torch.nan
+        before = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+        try:
+            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
+        except FloatingPointError as error:
+            said = str(error)
+            after = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+            unchanged = torch.equal(before, after)
+    optimizer.synchronise()
+    return {"said": said, "unchanged": unchanged, "parameters": nn.utils.parameters_to_vector(module.parameters())}
+
+
+def failing(rank: int, count: int, *, how: str, timeout: float) -> tuple[str, float] | None:
+    """Rank 1 fails in the third step: what the others say, and after how many seconds."""
+    module = network(torch.float64)
+    topology = TreeReduction(timeout=timeout)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    for step in range(5):
+        inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
+        if step == 2 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1.5 if how == "late" else 3600.0)
+        begun = time.monotonic()
+        try:
+            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
+        except TopologyError as error:
+            raise Leave((str(error), time.monotonic() - begun)) from error
+    return None
+
+
+REFUSALS = [
+    "spread must be LocalStep() over several processes, got RandomDirections(seed=0, radius=None)",
+    "timeout=0.0 must be positive and finite, in seconds",
+    "common data need a closure from topology.closure(module, criterion, inputs, targets)",
+    "a TreeReduction belongs to its process and cannot be copied or pickled",
+]
+
+
+def refusals(rank: int, count: int) -> list[str]:
+    """What is said to input that cannot work."""
+    module, topology = network(torch.float64), TreeReduction()
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, secant_data="common")
+    inputs, targets = (one.chunk(count)[rank] for one in batch(0, torch.float64))
+
+    def closure() -> Tensor:
+        loss = cross_entropy(module(inputs), targets)
+        loss.backward()
+        return loss
+
+    def two_steps() -> None:
+        for _ in range(2):
+            optimizer.step(closure)
+
+    said = []
+    for refused in (
+        lambda: ReplicaNewton(module.parameters(), topology=topology, spread=RandomDirections()),
+        lambda: TreeReduction(timeout=0.0),
+        two_steps,
+        lambda: copy.deepcopy(topology),
+    ):
+        try:
+            refused()
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    return said

@@ -1,0 +1,122 @@
+import itertools
+import math
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from processes import run_processes
+
+from replica_newton import TreeReduction
+
+SIZE = cases.network(torch.float64).first.weight.numel() + 12 + 12 * cases.CLASSES + cases.CLASSES + 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"dtype": torch.float64, "plain_closure": True}),
+        (4, {"dtype": torch.float64}),
+        (4, {"dtype": torch.float64, "secant_data": "common", "rule": "saddle-free", "damping": 1.0}),
+        (3, {"dtype": torch.float64, "normalised": True, "secant_data": "common"}),
+        (4, {"dtype": torch.float32}),
+        (8, {"dtype": torch.float64}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
+)
+def test_processes_train_as_one_process_does(count: int, options: dict, tmp_path: Path) -> None:
+    results = run_processes(tmp_path, count, cases.train, steps=200, **options)
+    options.pop("plain_closure", None)
+    alone = cases.train(None, count, steps=200, **options)
+    tolerance = 1e-10 if options["dtype"] == torch.float64 else 1e-5
+    scale = float(alone["parameters"].abs().max())
+    for result in results:
+        assert result["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+        error = float((result["parameters"] - alone["parameters"]).abs().max())
+        assert error <= tolerance * scale
+        assert result["fallbacks"] == alone["fallbacks"]
+        for ours, theirs in itertools.zip_longest(result["buffers"], alone["buffers"]):
+            torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=tolerance)
+    first = results[0]
+    for result in results[1:]:
+        assert result["losses"] == first["losses"]
+        for one, other in zip(result["together"], first["together"], strict=True):
+            assert torch.equal(one, other), "replicas differ after a synchronisation"
+        assert torch.equal(result["parameters"], first["parameters"])
+        for one, other in zip(result["eigenvalues"], first["eigenvalues"], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    runs = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        runs.append(run_processes(folder, 4, cases.train, steps=40, dtype=torch.float32))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one["parameters"], other["parameters"])
+        assert one["losses"] == other["losses"]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_step_sends_what_an_all_reduce_of_the_gradient_does(count: int, tmp_path: Path) -> None:
+    short, long = (
+        run_processes(_fresh(tmp_path, name), count, cases.train, steps=steps, plain_closure=True)
+        for name, steps in (("short", 10), ("long", 30))
+    )
+    all_reduce = 2 * SIZE * (count - 1) / count
+    width = math.ceil(SIZE / count)
+    for before, after in zip(short, long, strict=True):
+        sent = {phase: (after["sent"][phase] - before["sent"][phase]) / 20 for phase in after["sent"]}
+        assert sent["gradients"] == sent["points"] == (count - 1) * width
+        # Padding aside, and the M×M sums, which do not grow with N.
+        assert sent["gradients"] + sent["points"] <= all_reduce + 2 * count
+        assert sent["inner products"] <= 12 * count**2
+        assert after["state"] == (count + 1) * width, "columns of displacements and of shared parameters"
+
+
+def test_a_run_goes_on_from_a_checkpoint_at_the_same_bits(tmp_path: Path) -> None:
+    for whole, resumed in run_processes(tmp_path, 3, cases.resume, steps=6):
+        assert torch.equal(whole, resumed)
+
+
+def test_gradients_at_hand_are_averaged_over_processes(tmp_path: Path) -> None:
+    for ours, sgd in run_processes(tmp_path, 3, cases.given_gradients):
+        torch.testing.assert_close(ours, sgd, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_and_changes_none(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 3, cases.not_finite)
+    assert {result["said"] for result in results} == {"loss or gradient of replica 1 is not finite (loss nan)"}
+    assert all(result["unchanged"] for result in results)
+    assert all(torch.equal(result["parameters"], results[0]["parameters"]) for result in results)
+    assert bool(torch.isfinite(results[0]["parameters"]).all())
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_a_lost_process_is_named_in_time(how: str, tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 3, cases.failing, lost=(1,), how=how, timeout=4.0)
+    assert results[1] is None
+    for rank in (0, 2):
+        said, seconds = results[rank]
+        assert said.startswith(("gradients: failed after", "inner products: failed after"))
+        assert "missing: rank 1 " in said
+        assert seconds < 30.0
+
+
+def test_a_late_process_is_waited_for(tmp_path: Path) -> None:
+    assert run_processes(tmp_path, 3, cases.failing, how="late", timeout=20.0) == [None] * 3
+
+
+def test_without_a_process_group_there_is_no_tree() -> None:
+    with pytest.raises(RuntimeError, match="must be initialised first"):
+        TreeReduction()
+
+
+def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert run_processes(tmp_path, 2, cases.refusals) == [cases.REFUSALS] * 2
+
+
+def _fresh(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).mkdir()
+    return tmp_path / name
