@@ -1,17 +1,19 @@
 """What the processes of `processes.run_processes` do, and the same in one process."""
 
 import copy
+import itertools
 import os
 import signal
 import time
 from typing import Any
 
+import pytest
 import torch
 from processes import Leave
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from replica_newton import RandomDirections, ReplicaNewton, Simulated, TreeReduction
+from replica_newton import ParameterServer, RandomDirections, ReplicaNewton, Simulated, TreeReduction
 from replica_newton.topology import TopologyError
 
 BATCH = 48
@@ -55,19 +57,29 @@ def train(
     dtype: torch.dtype = torch.float64,
     normalised: bool = False,
     plain_closure: bool = False,
+    servers: int = 0,
     lr: float = 0.05,
+    decay: float = 1.0,
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
     # Processes start apart on purpose: rank 0 decides.
-    module = network(dtype, normalised=normalised, seed=rank or 0)
-    topology: Any = Simulated(count) if rank is None else TreeReduction()
+    module = network(dtype, normalised=normalised, seed=0 if rank is None else (rank - servers) % count)
+    topology: Any = Simulated(count) if rank is None else ParameterServer(servers) if servers else TreeReduction()
     optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **options)
+    if servers and rank is not None and topology.is_server:
+        optimizer.serve()
+        return {
+            "sent": dict(topology.elements_sent),
+            "state": state_size(optimizer),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
     losses, eigenvalues, together = [], [], []
     for step in range(steps):
         inputs, targets = batch(step, dtype)
         if rank is not None:
-            inputs, targets = inputs.chunk(count)[rank], targets.chunk(count)[rank]
+            workers, worker = count - servers, rank - servers
+            inputs, targets = inputs.chunk(workers)[worker], targets.chunk(workers)[worker]
         closure = topology.closure(module, cross_entropy, inputs, targets)
         if plain_closure and rank is not None:
 
@@ -77,12 +89,16 @@ def train(
                 return loss
 
         losses.append(float(optimizer.step(closure)))
-        if optimizer.curvature is not None:
+        # By one alone: what is M-sized must not need the others.
+        if optimizer.curvature is not None and rank in {None, servers}:
             eigenvalues.append(optimizer.curvature.eigenvalues)
         if step % 50 == 7:
             optimizer.synchronise()
             together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+        for group in optimizer.param_groups:
+            group["lr"] *= decay
     optimizer.synchronise()
+    optimizer.close()
     return {
         "losses": losses,
         "eigenvalues": eigenvalues,
@@ -91,10 +107,13 @@ def train(
         "buffers": [buffer.clone() for buffer in module.buffers()],
         "fallbacks": optimizer.fallbacks,
         "sent": dict(topology.elements_sent) if rank is not None else {},
-        "state": sum(
-            value.numel() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-        ),
+        "state": state_size(optimizer),
     }
+
+
+def state_size(optimizer: ReplicaNewton) -> int:
+    """Elements that the optimizer keeps in this process."""
+    return sum(one.numel() for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor))
 
 
 def resume(rank: int, count: int, *, steps: int) -> tuple[Tensor, Tensor]:
@@ -136,11 +155,15 @@ def given_gradients(rank: int, count: int) -> tuple[Tensor, Tensor]:
     return tuple(nn.utils.parameters_to_vector(one.parameters()).detach() for one in (module, reference))
 
 
-def not_finite(rank: int, count: int) -> dict[str, Any]:
+def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | None:
     """One replica's loss is nan in the fourth step: what all of them say, and that training can go on."""
     module = network(torch.float64)
-    topology = TreeReduction()
+    topology = ParameterServer(servers) if servers else TreeReduction()
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    if not topology.is_worker:
+        optimizer.serve()
+        return None
+    rank, count = rank - servers, count - servers
     said, before, after = "", None, None
     for step in range(6):
         inputs, targets = (one.chunk(count)[rank].clone() for one in batch(step, torch.float64))
@@ -154,14 +177,22 @@ def not_finite(rank: int, count: int) -> dict[str, Any]:
             after = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
             unchanged = torch.equal(before, after)
     optimizer.synchronise()
+    optimizer.close()
     return {"said": said, "unchanged": unchanged, "parameters": nn.utils.parameters_to_vector(module.parameters())}
 
 
-def failing(rank: int, count: int, *, how: str, timeout: float) -> tuple[str, float] | None:
-    """Rank 1 fails in the third step: what the others say, and after how many seconds."""
+def failing(rank: int, count: int, *, how: str, timeout: float, servers: int = 0) -> None:
+    """The second worker fails in the third step: what the others say, and after how many seconds."""
     module = network(torch.float64)
-    topology = TreeReduction(timeout=timeout)
+    topology = ParameterServer(servers, timeout=timeout) if servers else TreeReduction(timeout=timeout)
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    if not topology.is_worker:
+        begun = time.monotonic()
+        try:
+            optimizer.serve()
+        except TopologyError as error:
+            raise Leave((str(error), time.monotonic() - begun)) from error
+    rank, count = rank - servers, count - servers
     for step in range(5):
         inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
         if step == 2 and rank == 1:
@@ -173,7 +204,7 @@ def failing(rank: int, count: int, *, how: str, timeout: float) -> tuple[str, fl
             optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
         except TopologyError as error:
             raise Leave((str(error), time.monotonic() - begun)) from error
-    return None
+    optimizer.close()
 
 
 REFUSALS = [
@@ -211,3 +242,33 @@ def refusals(rank: int, count: int) -> list[str]:
         except (ValueError, TypeError) as error:
             said.append(str(error))
     return said
+
+
+def check_parity(results: list[dict[str, Any]], alone: dict[str, Any], tolerance: float) -> None:
+    """That processes have trained as one process has, and are equal to each other bit for bit."""
+    scale = float(alone["parameters"].abs().max())
+    for result in results:
+        assert result["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+        error = float((result["parameters"] - alone["parameters"]).abs().max())
+        assert error <= tolerance * scale
+        assert result["fallbacks"] == alone["fallbacks"]
+        for ours, theirs in itertools.zip_longest(result["buffers"], alone["buffers"]):
+            torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=tolerance)
+    first = results[0]
+    for ours, theirs in zip(first["eigenvalues"][:20], alone["eigenvalues"], strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e6 * tolerance, atol=1e4 * tolerance)
+    for result in results[1:]:
+        assert result["losses"] == first["losses"]
+        for one, other in zip(result["together"], first["together"], strict=True):
+            assert torch.equal(one, other), "replicas differ after a synchronisation"
+        assert torch.equal(result["parameters"], first["parameters"])
+
+
+def too_many_servers(rank: int, count: int) -> str:
+    """What is said to a group without a worker."""
+    del rank
+    try:
+        ParameterServer(count)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -4,12 +4,13 @@ from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_
 from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
 from replica_newton.optim import ReplicaNewton
 from replica_newton.spread import LocalStep, RandomDirections, TrackedSubspace
-from replica_newton.topology import Simulated, TreeReduction
+from replica_newton.topology import ParameterServer, Simulated, TreeReduction
 
 __all__ = [
     "CurvatureMonitor",
     "CurvatureObservation",
     "LocalStep",
+    "ParameterServer",
     "RandomDirections",
     "ReplicaNewton",
     "SecantCurvature",

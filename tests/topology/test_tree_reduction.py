@@ -1,4 +1,3 @@
-import itertools
 import math
 from pathlib import Path
 
@@ -29,22 +28,7 @@ def test_processes_train_as_one_process_does(count: int, options: dict, tmp_path
     options.pop("plain_closure", None)
     alone = cases.train(None, count, steps=200, **options)
     tolerance = 1e-10 if options["dtype"] == torch.float64 else 1e-5
-    scale = float(alone["parameters"].abs().max())
-    for result in results:
-        assert result["losses"] == pytest.approx(alone["losses"], rel=tolerance)
-        error = float((result["parameters"] - alone["parameters"]).abs().max())
-        assert error <= tolerance * scale
-        assert result["fallbacks"] == alone["fallbacks"]
-        for ours, theirs in itertools.zip_longest(result["buffers"], alone["buffers"]):
-            torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=tolerance)
-    first = results[0]
-    for result in results[1:]:
-        assert result["losses"] == first["losses"]
-        for one, other in zip(result["together"], first["together"], strict=True):
-            assert torch.equal(one, other), "replicas differ after a synchronisation"
-        assert torch.equal(result["parameters"], first["parameters"])
-        for one, other in zip(result["eigenvalues"], first["eigenvalues"], strict=True):
-            assert torch.equal(one, other)
+    cases.check_parity(results, alone, tolerance)
 
 
 def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -32,18 +32,19 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense real floating-point tensor, got {got}")
 
 
-def check_rows(name: str, rows: Tensor) -> None:
+def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
     """Check that `rows` is a floating `(M, N)` matrix: one row a replica, M and N at least 1.
 
     Args:
         name: what the error calls the matrix.
         rows: the matrix to check.
+        may_be_empty: whether N may be 0, as for a process that holds no columns.
 
     Raises:
         ValueError: if it is not two-dimensional or is empty.
     """
     check_floating(name, rows)
-    if rows.dim() != 2 or rows.numel() == 0:
+    if rows.dim() != 2 or rows.shape[0] == 0 or (rows.shape[1] == 0 and not may_be_empty):
         raise ValueError(f"{name} must have shape (M, N), one row a replica, M, N >= 1; got {tuple(rows.shape)}")
 
 

@@ -57,8 +57,8 @@ class SecantCurvature:
 
         total: for rows that are split by columns over several processes, each of which makes an object of its own
             columns: sums an fp64 tensor on the CPU over the processes. Everything N-sized (vectors z, results) is then
-            the process's part, everything M-sized is the same on all. Properties and methods that need a new inner
-            product call it, so all processes must use them in the same order.
+            the process's part, everything M-sized is the same on all. It is called by the constructor and by methods
+            that take a z, which all processes must call together; properties can be read in one alone.
 
     Raises:
         TypeError: if W or G is not a dense real floating-point tensor.
@@ -78,8 +78,8 @@ class SecantCurvature:
         damping: float = 0.0,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        check_rows("W", W)
-        check_rows("G", G)
+        for name, rows in (("W", W), ("G", G)):
+            check_rows(name, rows, may_be_empty=total is not None)
         if W.shape != G.shape or W.device != G.device:
             raise ValueError(
                 f"W and G must agree in shape and device; got {tuple(W.shape)} on {W.device} "
@@ -103,13 +103,23 @@ class SecantCurvature:
         W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
         # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
         self._factors = G_rows.double() if N <= CHUNK else G_rows
-        self._total = total if total is not None else _alone
+        self._total = total
         gram = inner_products(self._factors, self._factors)
         squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
         parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
-        sums = self._total(torch.cat((gram.flatten(), torch.tensor([squared_length, parted], dtype=gram.dtype))))
-        self._gradient_gram = sums[:-2].reshape(gram.shape)
-        squared_length, self._parted = float(sums[-2]), bool(sums[-1])
+        if total is None:
+            self._gradient_gram = gram
+        else:
+            # All products at once, so that whatever follows from them can be asked for in one process alone.
+            products = inner_products(W_rows, self._rows)
+            parts = (gram.flatten(), products.flatten(), torch.tensor([squared_length, parted], dtype=gram.dtype))
+            sums = total(torch.cat(parts))
+            summed, products, ends = torch.split(sums, [len(part) for part in parts])
+            self._gradient_gram = summed.reshape(gram.shape)
+            WW, WG = products.reshape(M - 1, -1).tensor_split(2, dim=1)
+            self._displacement_products = WW, WG
+            squared_length, parted = ends.tolist()
+        self._parted = bool(parted)
         if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
             for name, rows in (("W", W), ("G", G)):
                 check_finite(name, rows)
@@ -120,8 +130,7 @@ class SecantCurvature:
     @cached_property
     def _displacement_products(self) -> tuple[Tensor, Tensor]:
         """Inner products of the differences in W with those in W and in G, `(M−1, M−1)` each, in fp64."""
-        products = self._total(inner_products(self._rows[: self.replicas - 1], self._rows))
-        WW, WG = products.tensor_split(2, dim=1)
+        WW, WG = inner_products(self._rows[: self.replicas - 1], self._rows).tensor_split(2, dim=1)
         return WW, WG
 
     @cached_property
@@ -287,11 +296,11 @@ class SecantCurvature:
         check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
-        vectors = z.detach().reshape(-1, N)
+        vectors = z.detach() if z.dim() == 2 else z.detach()[None]
         dots = inner_products(vectors, self._factors)
         if self.damping:
             dots += self.damping * inner_products(vectors, self._rows[: M - 1])
-        return self._total(dots).reshape(*z.shape[:-1], M - 1)
+        return (dots if self._total is None else self._total(dots)).reshape(*z.shape[:-1], M - 1)
 
     def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
         """Differences in W and in G to the first replica, summed with weights `(M−1,)` or `(k, M−1)`."""
@@ -300,11 +309,6 @@ class SecantCurvature:
             return weights @ self._rows
         with torch.autocast(weights.device.type, enabled=False):
             return weights @ self._rows
-
-
-def _alone(sums: Tensor) -> Tensor:
-    """The total where one process holds all columns."""
-    return sums
 
 
 def _reciprocal_of_largest(values: Tensor) -> float:

@@ -18,6 +18,7 @@ from replica_newton.topology.simulated import Data
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
+_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
 
 
 class ReplicaNewton(Optimizer):
@@ -151,6 +152,39 @@ class ReplicaNewton(Optimizer):
         if closure is None and not self.topology.distributed:
             self._step_on_given_gradients()
             return None
+        self._announce(_STEP if closure is not None else _STEP_ON_GIVEN)
+        return self._take_step(closure)
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        """Take part in all that the workers do, until they call `close`: what a server of `ParameterServer` does.
+
+        Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
+        here.
+        """
+        while (call := self._announce(_CLOSE)) != _CLOSE:
+            try:
+                if call == _SYNCHRONISE:
+                    self._synchronise()
+                else:
+                    self._take_step(_no_data if call == _STEP else None)
+            except FloatingPointError as error:
+                logger.warning("step given up: %s", error)
+
+    def close(self) -> None:
+        """Tell the servers that there are no more steps; nothing to do where there are none."""
+        self._announce(_CLOSE)
+
+    def _announce(self, call: int) -> int:
+        """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        message: list[float] = self.topology.agree(torch.tensor([call, *rates], dtype=torch.float64)).tolist()
+        if message[1:] != rates:
+            for group, rate in zip(self.param_groups, message[1:], strict=True):
+                group["lr"] = rate
+        return int(message[0])
+
+    def _take_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
@@ -176,8 +210,13 @@ class ReplicaNewton(Optimizer):
 
         Where replicas live in one process it stands there anyway. The next step moves them apart again.
         """
+        if self.topology.distributed:
+            self._announce(_SYNCHRONISE)
+            self._synchronise()
+
+    def _synchronise(self) -> None:
         parameters = self._trained()
-        if self.topology.distributed and "shared" in self.state[parameters[0]]:
+        if "shared" in self.state[parameters[0]]:
             self._write(parameters, self.topology.whole(self.state[parameters[0]]["shared"], _size(parameters)))
             self._together = True
 
@@ -248,8 +287,7 @@ class ReplicaNewton(Optimizer):
         self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
     ) -> SecantCurvature | None:
         """Secants of this step; None before the replicas have parted."""
-        low, high = torch.aminmax(W)
-        if not bool(self.topology.total((low != high).double().cpu())):
+        if not bool(self.topology.total(W.any().double().cpu())):
             return None
         if self.secant_data == "common":
             _, gradients = self._evaluate(closure, parameters, points, "common")
@@ -340,6 +378,11 @@ def _flat(parameters: list[Tensor]) -> Tensor:
 
 def _size(parameters: list[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _no_data() -> Tensor:
+    """Closure of a process without a replica, which is never called."""
+    raise RuntimeError("a process without a replica has no data")
 
 
 def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:

@@ -1,11 +1,14 @@
 """Topologies: where the replicas live and how their vectors travel."""
 
+from replica_newton.topology.parameter_server import ParameterServer
+from replica_newton.topology.processes import LocalClosure, TopologyError
 from replica_newton.topology.simulated import ReplicaClosure, ReplicaGradients, Simulated
 from replica_newton.topology.topology import Topology
-from replica_newton.topology.tree_reduction import LocalClosure, TopologyError, TreeReduction
+from replica_newton.topology.tree_reduction import TreeReduction
 
 __all__ = [
     "LocalClosure",
+    "ParameterServer",
     "ReplicaClosure",
     "ReplicaGradients",
     "Simulated",

@@ -132,6 +132,10 @@ class Simulated:
         """Numbers of all replicas, which are here; see `Topology`."""
         return values.double().cpu()
 
+    def agree(self, message: Tensor) -> Tensor:
+        """The message itself; see `Topology`."""
+        return message
+
     def spread_from_first(self, tensors: Sequence[Tensor], phase: str) -> None:
         """Nothing to do in one process; see `Topology`."""
 

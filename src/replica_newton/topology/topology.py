@@ -59,6 +59,10 @@ class Topology(Protocol):
         """Numbers `(M, k)` of all replicas, fp64 on the CPU, from those of the local ones, `(local, k)`."""
         ...
 
+    def agree(self, message: Tensor) -> Tensor:
+        """What the first process with a replica says, where some have none and cannot know."""
+        ...
+
     def spread_from_first(self, tensors: Sequence[Tensor], phase: str) -> None:
         """Overwrite tensors with those of the first process."""
         ...
