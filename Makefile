@@ -1,4 +1,5 @@
 # make demo   replicas train a convnet on real digits; ends with a table and a report (under a minute)
+# make demo-distributed   the same training in one process, over a tree and with a parameter server, in 4 and 5 processes
 # make test   the whole test suite
 # make lint   style, docstrings and types
 # Each creates .venv and installs on its first call; later calls start at once.
@@ -8,11 +9,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint benchmark clean
+.PHONY: demo demo-distributed test lint benchmark clean
 
 demo: $(READY)
 	$(BIN)/replica-newton compare --dataset digits --methods sgd,paper --replicas 1,2,4,8 \
 		--learning-rates 0.2,0.3 --epochs 10 --seeds 0,1,2 --out runs/demo
+
+demo-distributed: $(READY)
+	$(BIN)/python examples/distributed.py
 
 test: $(READY)
 	$(BIN)/pytest -n 2

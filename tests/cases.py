@@ -138,6 +138,23 @@ def resume(rank: int, count: int, *, steps: int) -> tuple[Tensor, Tensor]:
     return ends[0], ends[1]
 
 
+def other_number(rank: int, count: int) -> tuple[Tensor, Tensor]:
+    """Parameters after a step with the state of another number of replicas, and after one without a state."""
+    ends = []
+    for loaded in (True, False):
+        module = network(torch.float64)
+        optimizer = ReplicaNewton(module.parameters(), 0.05, topology=TreeReduction())
+        if loaded:
+            state = optimizer.state_dict()
+            state["state"] = {0: {"displacements": torch.ones(count + 1, 9), "shared": torch.ones(9), "step": 4}}
+            optimizer.load_state_dict(state)
+        inputs, targets = (one.chunk(count)[rank] for one in batch(0, torch.float64))
+        optimizer.step(optimizer.topology.closure(module, cross_entropy, inputs, targets))
+        optimizer.synchronise()
+        ends.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+    return ends[0], ends[1]
+
+
 def given_gradients(rank: int, count: int) -> tuple[Tensor, Tensor]:
     """Parameters after steps without a closure, and after SGD on the mean gradient."""
     module, reference = network(torch.float64), network(torch.float64)

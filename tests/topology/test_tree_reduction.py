@@ -64,6 +64,11 @@ def test_a_run_goes_on_from_a_checkpoint_at_the_same_bits(tmp_path: Path) -> Non
         assert torch.equal(whole, resumed)
 
 
+def test_with_the_state_of_another_number_of_replicas_they_part_anew(tmp_path: Path) -> None:
+    for loaded, fresh in run_processes(tmp_path, 2, cases.other_number):
+        assert torch.equal(loaded, fresh)
+
+
 def test_gradients_at_hand_are_averaged_over_processes(tmp_path: Path) -> None:
     for ours, sgd in run_processes(tmp_path, 3, cases.given_gradients):
         torch.testing.assert_close(ours, sgd, rtol=1e-12, atol=1e-12)

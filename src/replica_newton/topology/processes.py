@@ -114,14 +114,18 @@ class Processes:
         return self.rank in self._workers
 
     @property
+    def replica(self) -> int | None:
+        """m, the number of the replica in this process, from 0; None where there is none."""
+        return self._workers.index(self.rank) if self.is_worker else None
+
+    @property
     def _processes(self) -> int:
         return dist.get_world_size(self._group)
 
     @property
     def _local(self) -> slice:
         """Of the M replicas, the one that is here, if any."""
-        place = self._workers.index(self.rank) if self.is_worker else 0
-        return slice(place, place + int(self.is_worker))
+        return slice(0, 0) if self.replica is None else slice(self.replica, self.replica + 1)
 
     def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:  # noqa: ARG002
         """Where the local replicas stand: the module is there already.
