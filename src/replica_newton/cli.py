@@ -21,7 +21,8 @@ from replica_newton.report.figures import save_convergence
 from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
-from replica_newton.report.tables import results_table
+from replica_newton.report.tables import load_table, results_table
+from replica_newton.topology.estimate import estimate as estimate_load
 from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, DataError, load_dataset
 from replica_newton.training.loop import train as train_run
@@ -254,6 +255,24 @@ def reproduce(
             _interrupted("; the same command goes on")
     page = write_page(study.plan, results, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
     console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]replica-newton estimate --parameters 25000000 --replicas 8[/bold]\n\n"
+    "[bold]replica-newton estimate --parameters 25000000 --replicas 8 --topology server --servers 2[/bold]"
+)
+def estimate(
+    parameters: Annotated[int, typer.Option(min=1, help="Number of parameters N.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Number of replicas M.")] = 8,
+    topology: Annotated[str, typer.Option(help="Topology: tree, server or simulated.")] = "tree",
+    servers: Annotated[int, typer.Option(min=1, help="Number of servers, of a parameter server.")] = 1,
+) -> None:
+    """Say what a step sends and what a process keeps, before anything is run."""
+    try:
+        loads = estimate_load(topology, parameters, replicas, servers=servers)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    Console().print(load_table(loads, parameters, replicas))
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
-"""Results of a comparison as a table for the terminal."""
+"""Tables for the terminal: the results of a comparison, and what a topology costs."""
+
+from collections.abc import Sequence
 
 from rich import box
+from rich.filesize import decimal as format_bytes
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +17,7 @@ from replica_newton.report.formats import (
     format_seconds,
 )
 from replica_newton.report.summary import Summary, compare, group_runs, method_name
+from replica_newton.topology.estimate import Load, all_reduce
 
 # Least widths: air between the columns as long as the numbers are short, and no more than 80 columns when they are not.
 _COLUMNS = {"M": 3, "rate": 7, "NLL": 8, "min–max": 14, "test": 7, "grads": 6, "sec.": 6, "seeds": 5}
@@ -54,5 +58,33 @@ def results_table(summary: Summary) -> Table:
             format_seconds(one.final_seconds),
             str(len(one.seeds)),
             style="bold" if lowest else None,
+        )
+    return table
+
+
+def load_table(loads: Sequence[Load], parameters: int, replicas: int) -> Table:
+    """Table with a row for each role of a topology's processes.
+
+    Args:
+        loads: What `estimate` returned.
+        parameters: N.
+        replicas: M.
+
+    Returns:
+        The table.
+    """
+    baseline = all_reduce(parameters, replicas)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, caption_justify="left")
+    table.caption = f"data-parallel SGD sends {format_bytes(round(baseline))} a step (ring all-reduce); fp32 throughout"
+    table.add_column("processes")
+    for heading in ("sent a step", "÷ SGD's", "and for M×M sums", "state kept"):
+        table.add_column(heading, justify="right")
+    for load in loads:
+        table.add_row(
+            f"{load.processes} × {load.role}",
+            format_bytes(load.sent),
+            f"{load.sent / baseline:.3f}" if baseline else MISSING,
+            format_bytes(load.sums_sent),
+            format_bytes(load.state),
         )
     return table
