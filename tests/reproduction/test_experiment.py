@@ -9,7 +9,6 @@ import torch
 from replica_newton.reproduction.experiment import (
     Experiment,
     Record,
-    batches,
     initial_network,
     run_experiment,
     scaled_dataset,
@@ -17,6 +16,7 @@ from replica_newton.reproduction.experiment import (
 from replica_newton.reproduction.readings import LITERAL, Reading
 from replica_newton.reproduction.trainers import LARGEST_MEASURED_RATE, TRAINERS, SharpnessRate
 from replica_newton.training.datasets import Dataset, load_dataset
+from replica_newton.training.loop import batches
 
 METHODS = [(name, 8 if name in {"sharpness-rate", "saddle-free"} else 1) for name in TRAINERS]
 METHODS += [(LITERAL.name, 4), (LITERAL.name, 6), (Reading(start="different", parting="own").name, 2)]

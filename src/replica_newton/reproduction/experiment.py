@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from replica_newton.files import replace_file
 from replica_newton.reproduction.readings import PaperReplicas, reading_named
 from replica_newton.reproduction.trainers import TRAINERS, Trainer
 from replica_newton.training.datasets import Dataset, load_dataset
-from replica_newton.training.loop import evaluate
+from replica_newton.training.loop import batches, evaluate
 from replica_newton.training.models import Activation, reference_convnet
 from replica_newton.training.run import finite_or_none
 
@@ -195,24 +195,6 @@ def initial_network(experiment: Experiment, dataset: Dataset, replica: int = 0) 
     """
     torch.manual_seed(experiment.seed + 1_000_003 * replica)
     return reference_convnet(dataset.input_shape, dataset.classes, activation=experiment.activation)
-
-
-def batches(size: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Indices of the batches of an epoch; the last, smaller batch is dropped.
-
-    Args:
-        size: number of training samples.
-        batch_size: samples in a batch.
-        seed: of the order of the data.
-        epoch: from 0. The order depends on seed and epoch alone, so that a run that goes on sees the same.
-
-    Yields:
-        `(batch_size,)` indices.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(size, generator=generator)
-    for start in range(0, size - batch_size + 1, batch_size):
-        yield order[start : start + batch_size]
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Protocol
@@ -105,21 +106,34 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, f
     return nll / len(labels), correct / len(labels)
 
 
+def batches(size: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Indices of the batches of an epoch; the last, smaller batch is dropped.
+
+    Args:
+        size: number of training samples.
+        batch_size: samples in a batch.
+        seed: of the order of the data.
+        epoch: from 0. The order depends on seed and epoch alone, so that a run that goes on sees the same.
+
+    Yields:
+        `(batch_size,)` indices.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(size, generator=generator)
+    for start in range(0, size - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
+
+
 def _train_epoch(
     state: RunState, dataset: Dataset, model: nn.Module, topology: Simulated, optimizer: Optimizer, observer: Observer
 ) -> Epoch:
     """One epoch and its evaluation."""
     config = state.config
     before = state.history[-1] if state.history else Epoch(0, 0.0, 0.0, 0.0, 0, 0.0, fallbacks=0)
-    # From seed and epoch alone, so that a resumed run sees the same order.
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + before.epoch)
-    order = torch.randperm(len(dataset.train_labels), generator=generator)
     total, steps, evaluations, sharpness = 0.0, 0, 0, None
     start = time.perf_counter()
     try:
-        for indices in torch.split(order, config.batch_size):
-            if len(indices) < config.batch_size:
-                break
+        for indices in batches(len(dataset.train_labels), config.batch_size, config.seed, before.epoch):
             closure = topology.closure(
                 model, nn.functional.cross_entropy, dataset.train_inputs[indices], dataset.train_labels[indices]
             )
