@@ -7,7 +7,8 @@ from PIL import Image
 
 from replica_newton.report.style import save_figure
 from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
-from replica_newton.reproduction.surfaces import METHODS, SURFACES, TOLERANCE
+from replica_newton.reproduction.surface_methods import METHODS, TOLERANCE
+from replica_newton.reproduction.surfaces import SURFACES
 
 DRAWN = {METHODS[name].label for name in METHODS if name != "paper-8"}
 

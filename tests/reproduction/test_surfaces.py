@@ -7,17 +7,17 @@ import pytest
 import torch
 from reference import F64, normal
 
-from replica_newton.reproduction.surfaces import (
+from replica_newton.reproduction.surface_methods import (
     HOLD,
     METHODS,
     RATES,
-    SURFACES,
     TOLERANCE,
     _follow,
     approach,
     compare_surfaces,
     trajectory,
 )
+from replica_newton.reproduction.surfaces import SURFACES
 
 EVERY_SURFACE = pytest.mark.parametrize("surface", SURFACES.values(), ids=list(SURFACES))
 SECOND_ORDER = [name for name, method in METHODS.items() if not method.is_first_order]

@@ -34,7 +34,7 @@ from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure
 from replica_newton.reproduction.plan import Plan
 from replica_newton.reproduction.results import Results, save_results
 from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
-from replica_newton.reproduction.surfaces import METHODS
+from replica_newton.reproduction.surface_methods import METHODS
 
 SUMMARY = "summary.json"
 _SCALING_NAMES = {

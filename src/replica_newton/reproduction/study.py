@@ -20,7 +20,7 @@ from replica_newton.reproduction.optimal_rate import measure_optimal_rate
 from replica_newton.reproduction.plan import Plan
 from replica_newton.reproduction.readings import reading_named
 from replica_newton.reproduction.results import Measurement, Request, Results, load_results, save_results
-from replica_newton.reproduction.surfaces import compare_surfaces
+from replica_newton.reproduction.surface_methods import compare_surfaces
 from replica_newton.reproduction.trainers import TRAINERS
 from replica_newton.training.run import RunError
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 from replica_newton.files import replace_file
 from replica_newton.report.style import style
-from replica_newton.reproduction.surfaces import METHODS, SURFACES, TOLERANCE, Surface, approach
+from replica_newton.reproduction.surface_methods import METHODS, TOLERANCE, approach
+from replica_newton.reproduction.surfaces import SURFACES, Surface
 
 FloatArray: TypeAlias = numpy.typing.NDArray[numpy.float64]
 
