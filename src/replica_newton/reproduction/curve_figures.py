@@ -62,7 +62,8 @@ def poster_figure(rows: Mapping[str, Mapping[str, Curves]]) -> Figure:
         handles.append(Line2D([], [], linestyle="none", marker=".", color="#666666", label="poster's points"))
         handles.append(Line2D([], [], color="#666666", label="ours"))
         handles.append(Line2D([], [], linestyle="none", marker="x", color="#666666", label="diverged"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9.5)
+        columns = len(handles) if len(datasets) > 1 else len(handles) // 2
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
     return figure
 
 
@@ -85,9 +86,7 @@ def panels_figure(panels: Mapping[tuple[str, str, float], Curves]) -> Figure:
             curves = panels[dataset, activation, rate]
             _draw_curves(axes, curves)
             axes.set_xlabel("epoch")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for row, dataset in zip(grid, datasets, strict=True):
             values = [
                 value
@@ -96,7 +95,7 @@ def panels_figure(panels: Mapping[tuple[str, str, float], Curves]) -> Figure:
                 for value in curve
                 if key[0] == dataset and 0.0 < value < _TOP_NLL
             ]
-            row[0].set_ylim(min(values, default=1.0) * 0.9, 2.8)
+            row[0].set_ylim(min(values, default=1.0) * 0.95, max(2.35, *values) * 1.02)
             row[0].set_ylabel("training NLL")
         figure.legend(
             handles=[_line(M) for M in _COLOURS], loc="outside lower center", ncols=5, frameon=False, fontsize=9.5

@@ -55,7 +55,8 @@ class Extent:
     search_rates: tuple[float, ...] = RATES
     rounds: tuple[Round, ...] = (
         Round(None, 1, (8,)),
-        Round(16, 3, (2, 8)),
+        # Wide: on a plateau one epoch hardly tells readings apart.
+        Round(48, 3, (2, 8)),
         Round(4, 8, (2, 8)),
     )
     tuning_epochs: int = 5
