@@ -287,11 +287,14 @@ class ReplicaNewton(Optimizer):
         self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
     ) -> SecantCurvature | None:
         """Secants of this step; None before the replicas have parted."""
-        if not bool(self.topology.total(W.any().double().cpu())):
+        low, high = torch.aminmax(W) if W.numel() else (W, W)
+        apart = bool((low != high).any())
+        if not bool(self.topology.total(torch.tensor(apart, dtype=torch.float64))):
             return None
         if self.secant_data == "common":
             _, gradients = self._evaluate(closure, parameters, points, "common")
-        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping, total=self.topology.total)
+        total = self.topology.total if self.topology.distributed else None
+        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping, total=total)
 
     def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Tensor:
         """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
