@@ -44,7 +44,7 @@ def run_processes(
     """
     # One server imports torch once; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cases"])
+    context.set_forkserver_preload(["pytest", "torch.distributed", "replica_newton"])
     processes = [context.Process(target=_main, args=(folder, rank, count, case, options)) for rank in range(count)]
     for process in processes:
         process.start()

@@ -14,8 +14,7 @@ from replica_newton import ParameterServer
     [
         (2, 1, {"dtype": torch.float64, "plain_closure": True, "decay": 0.99}),
         (4, 2, {"dtype": torch.float64, "secant_data": "common", "normalised": True}),
-        (4, 1, {"dtype": torch.float32}),
-        (3, 3, {"dtype": torch.float64, "rule": "saddle-free", "damping": 1.0}),
+        (2, 3, {"dtype": torch.float32, "rule": "saddle-free", "damping": 1.0}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
@@ -30,7 +29,7 @@ def test_workers_and_servers_train_as_one_process_does(
         assert server["lr"] == pytest.approx(0.05 * options.get("decay", 1.0) ** 200), "they follow the workers' rate"
 
 
-@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("servers", [2])
 def test_workers_keep_nothing_and_send_their_gradient(servers: int, tmp_path: Path) -> None:
     workers, size = 3, sum(parameter.numel() for parameter in cases.network(torch.float64).parameters())
     for name in ("short", "long"):
