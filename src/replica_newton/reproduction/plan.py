@@ -23,6 +23,9 @@ from replica_newton.reproduction.poster import REPLICAS, distance
 from replica_newton.reproduction.readings import LITERAL, READINGS
 from replica_newton.reproduction.results import Measurement, Request, Results
 
+_STAND_IN = SetUp("relu", RATES[-1], "standard")
+"""As long as the calibration has not found one; runs with it are tentative."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,7 +66,7 @@ class Plan:
         best = self.best(results)
         closest = best or Candidate(LITERAL.name, RATES[-1])
         for dataset, found in set_ups.items():
-            set_up = found or SetUp("relu", RATES[-1], "standard")
+            set_up = found or _STAND_IN
             tentative = found is None
             main = [self._sgd(dataset, set_up, self.extent.epochs, "Figure 2", tentative=tentative)]
             unsettled = tentative or best is None
@@ -233,7 +236,7 @@ class Plan:
             The runs.
         """
         found = self.set_up(results, dataset)
-        set_up = found or SetUp("relu", RATES[-1], "standard")
+        set_up = found or _STAND_IN
         requests = []
         for method, rates in PEER_RATES.items():
             best = self.peer_rate(results, dataset, set_up, method)
@@ -318,7 +321,7 @@ class Plan:
 
     def _peers(self, results: Results, dataset: str, found: SetUp | None) -> Iterator[Request]:
         """First-order methods over their grids, then each at its best rate; and SGD at 1/λ_max."""
-        set_up = found or SetUp("relu", RATES[-1], "standard")
+        set_up = found or _STAND_IN
         for method, rates in PEER_RATES.items():
             for rate in rates:
                 request = self._peer(dataset, set_up, method, rate, self.extent.tuning_epochs)
@@ -334,7 +337,7 @@ class Plan:
         requests = {}
         for dataset in self.datasets:
             found = set_ups[dataset]
-            set_up = found or SetUp("relu", RATES[-1], "standard")
+            set_up = found or _STAND_IN
             requests[dataset] = [
                 self._run(dataset, set_up, candidate, M, one.epochs, stage, tentative=found is None)
                 for M in one.replicas

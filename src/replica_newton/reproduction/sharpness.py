@@ -1,7 +1,7 @@
 """The largest Hessian eigenvalue at fixed parameters: from the gradients of replicas, and exactly."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from replica_newton.spread import TrackedSubspace
 from replica_newton.topology import Simulated
+from replica_newton.topology.simulated import Criterion
 
 __all__ = ["Criterion", "Sharpness", "exact_sharpness", "replica_sharpness"]
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 _RELATIVE_STEP = 1e-3  # as in CurvatureMonitor
 _FEWEST_SWEEPS = 5  # from random directions two early values can agree by chance

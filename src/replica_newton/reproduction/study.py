@@ -103,10 +103,10 @@ class Study:
                 if not running:
                     return results
                 left = {task.key: task for task in sorted(missing, key=lambda one: one.epochs)}
+                seconds = _seconds_per_epoch(results)
                 finished: set[Future[Any]] = set()
                 while not finished:
                     finished, _ = wait(running, timeout=_REFRESH, return_when=FIRST_COMPLETED)
-                    seconds = _seconds_per_epoch(results)
                     now = [(task, float(progress.get(task.key, 0.0))) for task in running.values()]
                     partly = sum(seconds(task) * epochs for task, epochs in now)
                     total = done + sum(seconds(task) * task.epochs for task in left.values())
@@ -120,7 +120,7 @@ class Study:
                             f"a process of the study has died (killed, or out of memory) during {task.label}: "
                             "the same command goes on"
                         ) from error
-                    done += _seconds_per_epoch(results)(task) * task.epochs
+                    done += seconds(task) * task.epochs
                     results.add(task, outcome)
                     save_results(self.summary, results)
                     observer.finish(task, outcome if isinstance(outcome, Record) else None)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients
+from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
 
 DEFAULT_TIMEOUT = 300.0
 _LAST_WORDS = 2.0
@@ -406,13 +406,9 @@ class LocalClosure:
         return loss
 
     def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
-        self._module.zero_grad()
-        with torch.enable_grad():
-            *inputs, targets = samples
-            loss = self._criterion(self._module(*inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss = backward(self._module, self._criterion, samples)
         self.samples_evaluated += self.replicas * len(samples[-1])
-        return loss.detach()
+        return loss
 
 
 def _line(error: BaseException) -> str:

@@ -248,6 +248,25 @@ def _looped(
     return torch.stack(losses), [torch.stack(rows) for rows in zip(*gradients, strict=True)]
 
 
+def backward(module: nn.Module, criterion: Criterion, samples: tuple[Tensor, ...]) -> Tensor:
+    """Gradient of a batch at the module's parameters, left in `.grad`.
+
+    Args:
+        module: the model.
+        criterion: loss of `(module(*inputs), targets)`.
+        samples: the inputs and, last, the targets.
+
+    Returns:
+        The loss.
+    """
+    module.zero_grad()
+    with torch.enable_grad():
+        *inputs, targets = samples
+        loss = criterion(module(*inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
 class ReplicaClosure:
     """One global batch, to be evaluated at the shared parameters or by M replicas at M points.
 
@@ -285,13 +304,9 @@ class ReplicaClosure:
 
     def __call__(self) -> Tensor:
         """Gradient of the whole batch at the module's parameters, left in `.grad`; returns the loss."""
-        self._module.zero_grad()
-        with torch.enable_grad():
-            *inputs, targets = self._samples
-            loss = self._criterion(self._module(*inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss = backward(self._module, self._criterion, self._samples)
         self.samples_evaluated += self._size
-        return loss.detach()
+        return loss
 
     def gradients(self, parameters: Sequence[Tensor], points: Tensor, *, data: Data = "own") -> ReplicaGradients:
         """Losses and gradients of the M replicas at M points.
