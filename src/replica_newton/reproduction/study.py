@@ -71,12 +71,12 @@ class Study:
             results: what is known.
 
         Returns:
-            Requests, those first that others wait for, and measurements; an experiment may be asked for several times,
-            with different lengths.
+            Measurements, which wait for nothing, and requests, those first that others wait for; an experiment may be
+            asked for several times, with different lengths.
         """
         measurements = [one for one in self.plan.measurements() if one.name not in results.measurements]
         requests = self.plan.requests(results)
-        return [*(one for one in requests if results.get(one.experiment, one.epochs) is None), *measurements]
+        return [*measurements, *(one for one in requests if results.get(one.experiment, one.epochs) is None)]
 
     def run(self, observer: StudyObserver) -> Results:
         """Run what is missing; the summary is written whenever a run is finished.
