@@ -3,7 +3,8 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from replica_newton.topology.processes import DEFAULT_TIMEOUT, Processes, world_size
+from replica_newton.topology.collectives import world_size
+from replica_newton.topology.processes import DEFAULT_TIMEOUT, Processes
 
 
 class ParameterServer(Processes):

@@ -1,42 +1,16 @@
 """Replicas in processes of their own, their vectors exchanged by the collectives of `torch.distributed`."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from replica_newton.topology.collectives import Collectives
 from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
 
 DEFAULT_TIMEOUT = 300.0
-_LAST_WORDS = 2.0
-"""Seconds in which those that still run can say so, after a collective has failed."""
-
-
-class TopologyError(RuntimeError):
-    """A collective failed or timed out; the message names the phase and the ranks that are missing."""
-
-
-def world_size(process_group: dist.ProcessGroup | None) -> int:
-    """Number of processes in a group.
-
-    Args:
-        process_group: None for all processes.
-
-    Returns:
-        The number.
-
-    Raises:
-        RuntimeError: if `torch.distributed` is not initialised.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialised first: torch.distributed.init_process_group(...)")
-    return dist.get_world_size(process_group)
 
 
 class Processes:
@@ -71,18 +45,14 @@ class Processes:
     ) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
-        self._group = process_group
         self._workers = list(workers)
         self._holders = list(holders)
         self.timeout = timeout
         self.replicas = len(self._workers)
-        self.rank = dist.get_rank(process_group)
         self.elements_sent: Counter[str] = Counter()
-        self._among_workers = process_group
-        if self.is_worker and len(self._workers) < self._processes:
-            ranks = dist.get_process_group_ranks(process_group)
-            members = [ranks[worker] for worker in self._workers]
-            self._among_workers = dist.new_group(members, use_local_synchronization=True)
+        self._all = Collectives(process_group, timeout, self.elements_sent)
+        self.rank = self._all.rank
+        self._among_workers = self._all.among(self._workers) if self.is_worker else self._all
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -119,10 +89,6 @@ class Processes:
         return self._workers.index(self.rank) if self.is_worker else None
 
     @property
-    def _processes(self) -> int:
-        return dist.get_world_size(self._group)
-
-    @property
     def _local(self) -> slice:
         """Of the M replicas, the one that is here, if any."""
         return slice(0, 0) if self.replica is None else slice(self.replica, self.replica + 1)
@@ -150,7 +116,8 @@ class Processes:
         Returns:
             `(N,)`; zeros where there is no replica.
         """
-        points = self._exchange("points", shared + displacements, self._holders, self._workers, self._width(size))
+        width = self._width(size)
+        points = self._all.exchange(shared + displacements, self._holders, self._workers, width, "points")
         return points.flatten()[:size] if self.is_worker else shared.new_zeros(size)
 
     def gradients(
@@ -198,7 +165,7 @@ class Processes:
             `(M, n)`; columns beyond N are zero.
         """
         pieces = self._split(rows[0]) if len(rows) else rows.new_zeros(0)
-        return self._exchange("gradients", pieces, self._workers, self._holders, self._width(rows.shape[1]))
+        return self._all.exchange(pieces, self._workers, self._holders, self._width(rows.shape[1]), "gradients")
 
     def part(self, vector: Tensor) -> Tensor:
         """The columns of a vector that this process holds.
@@ -223,9 +190,11 @@ class Processes:
         Returns:
             `(N,)`, the same bits in all processes.
         """
-        everyone = list(range(self._processes))
-        sent = part.expand(self._processes, -1)
-        return self._exchange("shared parameters", sent, self._holders, everyone, self._width(size)).flatten()[:size]
+        everyone = range(self._all.size)
+        sent = part.expand(len(everyone), -1)
+        return self._all.exchange(sent, self._holders, everyone, self._width(size), "shared parameters").flatten()[
+            :size
+        ]
 
     def total(self, sums: Tensor) -> Tensor:
         """Sum over the processes, the same bits in all of them.
@@ -236,7 +205,7 @@ class Processes:
         Returns:
             The sum, of the same shape.
         """
-        return self._sum("inner products", sums, self._group)
+        return self._all.sum(sums, "inner products")
 
     def total_of_workers(self, sums: Tensor) -> Tensor:
         """Sum over the processes that have a replica, called by these alone.
@@ -247,7 +216,7 @@ class Processes:
         Returns:
             The sum, of the same shape.
         """
-        return self._sum("buffers", sums, self._among_workers)
+        return self._among_workers.sum(sums, "buffers")
 
     def by_replica(self, values: Tensor) -> Tensor:
         """Numbers of all replicas.
@@ -280,7 +249,7 @@ class Processes:
             tensors: of the same shapes in all processes.
             phase: what an error calls it.
         """
-        self._broadcast(tensors, phase, self._group, self._workers[0])
+        self._all.broadcast(tensors, self._workers[0], phase)
 
     def common_to_workers(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of the first worker, called by workers alone.
@@ -288,15 +257,7 @@ class Processes:
         Args:
             tensors: of the same shapes in all processes.
         """
-        self._broadcast(tensors, "common shard", self._among_workers, 0)
-
-    def _broadcast(self, tensors: Sequence[Tensor], phase: str, group: dist.ProcessGroup | None, source: int) -> None:
-        for tensor in tensors:
-            buffer = tensor.detach().contiguous()
-            self._run(phase, partial(dist.broadcast, buffer, group_src=source, group=group, async_op=True))
-            self.elements_sent[phase] += buffer.numel() if self.rank == self._workers[0] else 0
-            with torch.no_grad():
-                tensor.copy_(buffer)
+        self._among_workers.broadcast(tensors, 0, "common shard")
 
     def _width(self, size: int) -> int:
         """n, the columns of a holder, of N elements."""
@@ -308,54 +269,6 @@ class Processes:
         padded = vector.new_zeros(len(self._holders) * width)
         padded[: vector.numel()] = vector
         return padded.reshape(-1, width)
-
-    def _exchange(self, phase: str, sent: Tensor, senders: list[int], receivers: list[int], width: int) -> Tensor:
-        """All-to-all of `width` elements from every sender to every receiver.
-
-        Returns:
-            `(senders, width)` for a receiver, `(senders, 0)` for others.
-        """
-        everyone = range(self._processes)
-        sends, receives = self.rank in senders, self.rank in receivers
-        outgoing = [width if sends and rank in receivers else 0 for rank in everyone]
-        incoming = [width if receives and rank in senders else 0 for rank in everyone]
-        received = sent.new_empty(sum(incoming))
-        flat = sent.reshape(-1) if sends else sent.new_empty(0)
-        start = partial(dist.all_to_all_single, received, flat, incoming, outgoing, group=self._group, async_op=True)
-        self._run(phase, start)
-        self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
-        return received.reshape(len(senders), -1)
-
-    def _sum(self, phase: str, sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        summed = self._on_device(sums).clone()
-        self._run(phase, partial(dist.all_reduce, summed, group=group, async_op=True))
-        processes = dist.get_world_size(group)
-        self.elements_sent[phase] += 2 * summed.numel() * (processes - 1) // processes
-        return summed.to(sums.device)
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.cuda() if dist.get_backend(self._group) == "nccl" else tensor
-
-    def _run(self, phase: str, start: Callable[[], Any]) -> None:
-        """One collective, in time."""
-        begun = time.monotonic()
-        try:
-            start().wait(timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            took = time.monotonic() - begun
-            raise TopologyError(f"{phase}: failed after {took:.1f} s, {self._missing()} ({_line(error)})") from error
-
-    def _missing(self) -> str:
-        """Which ranks do not say within two seconds that a collective has failed for them too."""
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            name = "replica-newton/failed"
-            store.set(f"{name}/{self.rank}", "here")
-            time.sleep(_LAST_WORDS)
-            missing = [rank for rank in range(self._processes) if not store.check([f"{name}/{rank}"])]
-        except RuntimeError:
-            return "and the process that keeps the store is gone"
-        return f"missing: rank {', '.join(map(str, missing))}" if missing else "though all ranks are there"
 
 
 class LocalClosure:
@@ -409,7 +322,3 @@ class LocalClosure:
         loss = backward(self._module, self._criterion, samples)
         self.samples_evaluated += self.replicas * len(samples[-1])
         return loss
-
-
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:160]

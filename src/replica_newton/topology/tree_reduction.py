@@ -2,7 +2,8 @@
 
 import torch.distributed as dist
 
-from replica_newton.topology.processes import DEFAULT_TIMEOUT, Processes, world_size
+from replica_newton.topology.collectives import world_size
+from replica_newton.topology.processes import DEFAULT_TIMEOUT, Processes
 
 
 class TreeReduction(Processes):
