@@ -233,7 +233,8 @@ def reproduce(
 ) -> None:
     """Redo the paper's figures, every reading of it, and what explains them: some hours on two cores.
 
-    Runs what is missing in OUT/reproduction/summary.json, and writes OUT/reproduction.md with its figures.
+    Runs what is missing in OUT/reproduction/summary.json, and writes OUT/reproduction.md with its figures; also when it
+    is interrupted while it runs the last figure's panels.
     """
     # Imported here: it loads matplotlib and much else that the other commands do without.
     from replica_newton.reproduction.command import check_data, forget, open_study
@@ -247,14 +248,17 @@ def reproduce(
         forget(study)
     if study.missing(load_results(study.summary)):
         check_data(study)
-    console = Console()
+    console, interrupted = Console(), False
     with StudyProgress(console) as progress:
         try:
             results = study.run(progress)
         except KeyboardInterrupt:
-            _interrupted("; the same command goes on")
-    page = write_page(study.plan, results, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
-    console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+            results, interrupted = load_results(study.summary), True
+    if study.presentable(results):
+        page = write_page(study.plan, results, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
+        console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+    if interrupted:
+        _interrupted("; the same command goes on")
 
 
 @app.command(

@@ -29,7 +29,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
 
     Args:
         plan: of the study.
-        results: all of its runs.
+        results: all of its runs; panels may be missing.
 
     Returns:
         By section: "extent", "set_up", "search", "figure2", "orderings", "panels", "peers", "plateau".
@@ -86,12 +86,13 @@ def panel_curves(plan: Plan, results: Results, dataset: str) -> dict[tuple[str, 
         dataset: which panels.
 
     Returns:
-        Curves by data set, activation and rate.
+        Curves by data set, activation and rate; those that have been run, for the panels come last in the study.
     """
     requests = list(plan.panel_requests(results, dataset, plan.set_up(results, dataset)))
+    finished = [one for one in requests if results.get(one.experiment, one.epochs) is not None]
     return {
         (dataset, activation, rate): _curves(
-            results, [one for one in requests if (one.experiment.activation, one.experiment.rate) == (activation, rate)]
+            results, [one for one in finished if (one.experiment.activation, one.experiment.rate) == (activation, rate)]
         )
         for activation, rate in product(ACTIVATIONS, RATES)
     }

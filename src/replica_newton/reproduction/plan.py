@@ -23,6 +23,8 @@ from replica_newton.reproduction.poster import REPLICAS, distance
 from replica_newton.reproduction.readings import LITERAL, READINGS
 from replica_newton.reproduction.results import Measurement, Request, Results
 
+PANELS = "all panels"
+"""Stage of the last runs: the page can be written without them."""
 _STAND_IN = SetUp("relu", RATES[-1], "standard")
 """As long as the calibration has not found one; runs with it are tentative."""
 
@@ -290,11 +292,11 @@ class Plan:
         scaling = found.scaling if found else "standard"
         for activation, rate in product(ACTIVATIONS, RATES):
             set_up = SetUp(activation, rate, scaling)
-            yield self._sgd(dataset, set_up, self.extent.epochs, "all panels", tentative=found is None)
+            yield self._sgd(dataset, set_up, self.extent.epochs, PANELS, tentative=found is None)
             for M in REPLICAS:
                 tentative = found is None or best is None
                 candidate = Candidate(reading, rate)
-                yield self._run(dataset, set_up, candidate, M, self.extent.epochs, "all panels", tentative=tentative)
+                yield self._run(dataset, set_up, candidate, M, self.extent.epochs, PANELS, tentative=tentative)
 
     def figure_requests(self, results: Results, dataset: str, candidate: Candidate) -> list[Request]:
         """The runs of Figure 2 as close as we come: SGD, and a candidate with M = 2, 4, 6, 8, in one set-up.

@@ -17,7 +17,7 @@ import torch
 from replica_newton.reproduction.experiment import Experiment, Record, run_experiment, scaled_dataset
 from replica_newton.reproduction.mechanism import measure_mechanism
 from replica_newton.reproduction.optimal_rate import measure_optimal_rate
-from replica_newton.reproduction.plan import Plan
+from replica_newton.reproduction.plan import PANELS, Plan
 from replica_newton.reproduction.readings import reading_named
 from replica_newton.reproduction.results import Measurement, Request, Results, load_results, save_results
 from replica_newton.reproduction.surface_methods import compare_surfaces
@@ -77,6 +77,17 @@ class Study:
         measurements = [one for one in self.plan.measurements() if one.name not in results.measurements]
         requests = self.plan.requests(results)
         return [*measurements, *(one for one in requests if results.get(one.experiment, one.epochs) is None)]
+
+    def presentable(self, results: Results) -> bool:
+        """Whether the page can be written: all is there but, perhaps, some panels of one figure.
+
+        Args:
+            results: what is known.
+
+        Returns:
+            The answer.
+        """
+        return all(isinstance(task, Request) and task.stage == PANELS for task in self.missing(results))
 
     def run(self, observer: StudyObserver) -> Results:
         """Run what is missing; the summary is written whenever a run is finished.
