@@ -41,6 +41,8 @@ class Extent:
 
     Attributes:
         epochs: of Figure 2.
+        panel_epochs: of the closest reading at both rates and with both activations: the whole length everywhere
+            would double the study.
         calibration_epochs: of SGD, to find scaling, activation and rate.
         search_rates: rates that every reading is tried with.
         rounds: of the search.
@@ -51,6 +53,7 @@ class Extent:
     """
 
     epochs: int = 50
+    panel_epochs: int = 10
     calibration_epochs: int = 10
     search_rates: tuple[float, ...] = RATES
     rounds: tuple[Round, ...] = (
@@ -68,6 +71,7 @@ class Extent:
 FULL = Extent()
 QUICK = Extent(
     epochs=12,
+    panel_epochs=6,
     calibration_epochs=3,
     search_rates=(0.01,),
     rounds=(

@@ -45,6 +45,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
         "extent": {
             "datasets": list(plan.datasets),
             "epochs": plan.extent.epochs,
+            "panel_epochs": plan.extent.panel_epochs,
             "train_limit": plan.extent.train_limit,
             "runs": len(results.records),
             "hours": sum(record.seconds for record in results.records.values()) / 3600.0,

@@ -290,13 +290,14 @@ class Plan:
         best = self.best(results)
         reading = best.reading if best else LITERAL.name
         scaling = found.scaling if found else "standard"
+        epochs = self.extent.panel_epochs
         for activation, rate in product(ACTIVATIONS, RATES):
             set_up = SetUp(activation, rate, scaling)
-            yield self._sgd(dataset, set_up, self.extent.epochs, PANELS, tentative=found is None)
+            yield self._sgd(dataset, set_up, epochs, PANELS, tentative=found is None)
             for M in REPLICAS:
                 tentative = found is None or best is None
                 candidate = Candidate(reading, rate)
-                yield self._run(dataset, set_up, candidate, M, self.extent.epochs, PANELS, tentative=tentative)
+                yield self._run(dataset, set_up, candidate, M, epochs, PANELS, tentative=tentative)
 
     def figure_requests(self, results: Results, dataset: str, candidate: Candidate) -> list[Request]:
         """The runs of Figure 2 as close as we come: SGD, and a candidate with M = 2, 4, 6, 8, in one set-up.
