@@ -59,6 +59,8 @@ class SecantCurvature:
             columns: sums an fp64 tensor on the CPU over the processes. Everything N-sized (vectors z, results) is then
             the process's part, everything M-sized is the same on all. It is called by the constructor and by methods
             that take a z, which all processes must call together; properties can be read in one alone.
+        vector: `(N,)`, a z whose inner products with the rows are summed along with all others, so that its
+            `inverse_hvp` and `squared_decrement` need no sum of their own; only with `total`.
 
     Raises:
         TypeError: if W or G is not a dense real floating-point tensor.
@@ -77,6 +79,7 @@ class SecantCurvature:
         rtol: float = DEFAULT_RTOL,
         damping: float = 0.0,
         total: Callable[[Tensor], Tensor] | None = None,
+        vector: Tensor | None = None,
     ) -> None:
         for name, rows in (("W", W), ("G", G)):
             check_rows(name, rows, may_be_empty=total is not None)
@@ -93,32 +96,27 @@ class SecantCurvature:
         self.damping = damping
         self.replicas = W.shape[0]
 
+        self._vector_products = torch.empty(0, dtype=torch.float64)
         # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows,
         # and its own row of zeros need not be kept. For replicas that stand close together they are exact.
         M, N = W.shape
-        self._rows = torch.empty(2 * (M - 1), N, dtype=working_dtype(W, G), device=W.device)
+        self._total = total
+        self._vector = None if total is None else vector
+        block = torch.empty(2 * (M - 1) + (self._vector is not None), N, dtype=working_dtype(W, G), device=W.device)
+        self._rows = block[: 2 * (M - 1)]
         for rows, target in zip((W, G), torch.split(self._rows, M - 1), strict=False):
             rows = rows.detach().to(target.dtype)
             torch.sub(rows[1:], rows[0], out=target)
         W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
-        # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
-        self._factors = G_rows.double() if N <= CHUNK else G_rows
-        self._total = total
-        gram = inner_products(self._factors, self._factors)
-        squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
-        parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
         if total is None:
-            self._gradient_gram = gram
+            # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
+            self._factors = G_rows.double() if N <= CHUNK else G_rows
+            self._gradient_gram = inner_products(self._factors, self._factors)
+            squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
+            parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
         else:
-            # All products at once, so that whatever follows from them can be asked for in one process alone.
-            products = inner_products(W_rows, self._rows)
-            parts = (gram.flatten(), products.flatten(), torch.tensor([squared_length, parted], dtype=gram.dtype))
-            sums = total(torch.cat(parts))
-            summed, products, ends = torch.split(sums, [len(part) for part in parts])
-            self._gradient_gram = summed.reshape(gram.shape)
-            WW, WG = products.reshape(M - 1, -1).tensor_split(2, dim=1)
-            self._displacement_products = WW, WG
-            squared_length, parted = ends.tolist()
+            self._factors = G_rows
+            squared_length, parted = self._sum_products(block, total)
         self._parted = bool(parted)
         if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
             for name, rows in (("W", W), ("G", G)):
@@ -126,6 +124,25 @@ class SecantCurvature:
                 rows = rows.to(self._rows.dtype)
                 check_finite(f"differences between replicas in {name}", rows - rows[0])
                 check_finite(f"squared differences between replicas in {name}", (rows - rows[0]).double().square())
+
+    def _sum_products(self, block: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
+        """All products at once, so that whatever follows from them can be asked for in one process alone.
+
+        Returns:
+            Sum of the squared lengths of the differences in W, and whether there are any.
+        """
+        n = self.replicas - 1
+        if self._vector is not None:
+            block[-1] = self._vector.detach()
+        products = inner_products(block, block)
+        W, G, vector = slice(0, n), slice(n, 2 * n), slice(2 * n, None)
+        parted = bool(products[W, W].any()) or bool(block[W].any())  # squares of tiny differences underflow
+        parts = (products[W, W], products[W, G], products[G, G], products[vector])
+        sums = total(torch.cat([part.flatten() for part in (*parts, torch.tensor([float(parted)]))]).double())
+        pieces = torch.split(sums[:-1], [part.numel() for part in parts])
+        WW, WG, GG, with_vector = (piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True))
+        self._displacement_products, self._gradient_gram, self._vector_products = (WW, WG), GG, with_vector
+        return float(WW.trace()), bool(sums[-1])
 
     @cached_property
     def _displacement_products(self) -> tuple[Tensor, Tensor]:
@@ -175,6 +192,11 @@ class SecantCurvature:
         V, sigma = self._svd
         scaled = V[1:] / sigma
         return scaled @ scaled.T
+
+    @property
+    def parted(self) -> bool:
+        """Whether the replicas stand apart at all: without that there is nothing to see."""
+        return self._parted
 
     @property
     def rank(self) -> int:
@@ -228,6 +250,24 @@ class SecantCurvature:
         weights = self._dots(z) @ self._inverse_gram
         change = self._combine((1.0 - self.damping) * weights, -weights)
         return change.to(working_dtype(change, z)).add_(z.detach())
+
+    def squared_decrement(self, z: Tensor) -> float:
+        """Squared Newton decrement `zᵀ Ĥ⁻¹ z`: to first order, what a step `−Ĥ⁻¹ z` at a gradient z gains.
+
+        Args:
+            z: `(N,)`.
+
+        Returns:
+            The number; it is negative where the step would go uphill.
+        """
+        products = self._vector_products.flatten()
+        if z is not self._vector:
+            rows = z.detach()[None]
+            products = torch.cat((inner_products(rows, self._rows), inner_products(rows, rows)), dim=1)[0]
+            products = products if self._total is None else self._total(products)
+        on_W, on_G, square = torch.split(products, [self.replicas - 1, self.replicas - 1, 1])
+        weights = (on_G + self.damping * on_W) @ self._inverse_gram
+        return float(square[0] + weights @ ((1.0 - self.damping) * on_W - on_G))
 
     def hvp(self, z: Tensor) -> Tensor:
         """Hessian product `Ĥ z`, the inverse of `inverse_hvp`: `Ĥ z = z − (P − U)(Uᵀ P)⁻¹ Uᵀ z`.
@@ -296,6 +336,9 @@ class SecantCurvature:
         check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
+        if z is self._vector:
+            on_W, on_G = torch.split(self._vector_products[0, :-1], M - 1)
+            return on_G + self.damping * on_W
         vectors = z.detach() if z.dim() == 2 else z.detach()[None]
         dots = inner_products(vectors, self._factors)
         if self.damping:

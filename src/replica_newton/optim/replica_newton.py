@@ -11,13 +11,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
+from replica_newton.optim.evaluation import Evaluation
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
+from replica_newton.topology.buckets import local, write
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
+_CLIP_EPSILON = 1e-6
+"""Added to the norm by `torch.nn.utils.clip_grad_norm_`."""
 _CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
 
 
@@ -52,6 +56,10 @@ class ReplicaNewton(Optimizer):
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
         rtol: relative cut-off of the secants' directions, in [0, 1).
+        max_norm: c > 0; the step of a mean gradient that is longer is taken as if `ḡ · c/‖ḡ‖` were the gradient, as
+            `torch.nn.utils.clip_grad_norm_` does it, over all parameters. The local steps by which replicas part are
+            shortened alike. The secants are not: they compare the gradients as they are, or their curvature would be
+            that of no function. None clips nothing.
         maximize: ascend instead of descend; everything is then that of the negated loss.
 
     Attributes:
@@ -76,6 +84,7 @@ class ReplicaNewton(Optimizer):
         secant_data: Data = "own",
         damping: float = 0.0,
         rtol: float = DEFAULT_RTOL,
+        max_norm: float | None = None,
         maximize: bool = False,
     ) -> None:
         if not 0.0 <= float(lr) < float("inf"):
@@ -88,6 +97,8 @@ class ReplicaNewton(Optimizer):
             raise ValueError(f"{damping=} must be finite and >= 0")
         if not 0.0 <= rtol < 1.0:
             raise ValueError(f"{rtol=} must be in [0, 1)")
+        if max_norm is not None and not 0.0 < max_norm < float("inf"):
+            raise ValueError(f"{max_norm=} must be positive and finite")
         self.rule = rule
         self.topology: Topology = Simulated(1) if topology is None else topology
         self.spread = LocalStep() if spread is None else spread
@@ -96,6 +107,7 @@ class ReplicaNewton(Optimizer):
         self.secant_data = secant_data
         self.damping = damping
         self.rtol = rtol
+        self.max_norm = max_norm
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
         self._together = False
@@ -104,7 +116,7 @@ class ReplicaNewton(Optimizer):
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "fallbacks", "_together")
+        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "max_norm", "fallbacks", "_together")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,6 +158,7 @@ class ReplicaNewton(Optimizer):
             TypeError: if the closure cannot evaluate replicas.
             ValueError: if a gradient is sparse, no parameter requires one, or the closure's topology has another
                 number of replicas.
+            RuntimeError: if a gradient has changed after it was sent to other processes; see `Processes.no_sync`.
             FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step. Raised
                 by all processes.
         """
@@ -188,21 +201,27 @@ class ReplicaNewton(Optimizer):
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
+        self.curvature = None  # as large as the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
-        points = self.topology.points(_flat(parameters), W)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
-        losses, gradients = self._evaluate(closure or _given(parameters), parameters, points, "own")
-        mean = gradients.mean(dim=0)
+        evaluation = self._evaluate(closure or _given(parameters), parameters, W, "own")
+        if closure is not None:
+            self.curvature = self._observe(closure, parameters, W, evaluation)
+        evaluation.settle()
+        mean = evaluation.mean
+        if self.max_norm is not None:
+            # Shorter rates are shorter gradients for all but the secants.
+            rates = rates * min(1.0, self.max_norm / (evaluation.norm + _CLIP_EPSILON))
         if closure is None:
             self._settle(parameters, shared - rates * mean, W)
             return None
-        self.curvature = self._observe(closure, parameters, points, W, gradients)
-        direction = self._direction(mean, rates)
         step = self.state[parameters[0]].get("step", 0)
-        self._settle(
-            parameters, shared - rates * direction, self.spread.displacements(gradients, rates, step), step + 1
-        )
-        return losses.mean().to(points)
+        shared = shared - rates * self._direction(mean, rates)
+        W = self.spread.displacements(evaluation.gradients, rates, step)
+        loss = evaluation.losses.mean().to(shared)
+        del evaluation, mean  # what is on its way to the replicas takes their place
+        self._settle(parameters, shared, W, step + 1)
+        return loss
 
     @torch.no_grad()
     def synchronise(self) -> None:
@@ -217,7 +236,7 @@ class ReplicaNewton(Optimizer):
     def _synchronise(self) -> None:
         parameters = self._trained()
         if "shared" in self.state[parameters[0]]:
-            self._write(parameters, self.topology.whole(self.state[parameters[0]]["shared"], _size(parameters)))
+            write(parameters, self.topology.whole(self.state[parameters[0]]["shared"]))
             self._together = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,58 +262,59 @@ class ReplicaNewton(Optimizer):
     def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""
         topology, dtype = self.topology, working_dtype(*parameters)
+        buckets = topology.lay_out(parameters)
         if not topology.distributed:
             return _flat(parameters).to(dtype), self._displacements(parameters)
         state = self.state[parameters[0]]
-        width = topology.part(_flat(parameters)).numel()
-        if tuple(state.get("displacements", torch.empty(0)).shape) != (topology.replicas, width):
-            topology.spread_from_first(parameters, "first parameters")
+        parted = "displacements" in state and len(state["displacements"]) == topology.replicas
+        if not parted or state.get("buckets", buckets) != buckets:
+            topology.spread_from_first([local(parameter) for parameter in parameters], "first parameters")
             shared = topology.part(_flat(parameters).to(dtype))
-            return shared, shared.new_zeros(topology.replicas, width)
+            return shared, shared.new_zeros(topology.replicas, len(shared))
         shared, W = state["shared"], state["displacements"]
         if self._together:
-            self._write(parameters, topology.published(shared, W, _size(parameters)))
+            topology.place(parameters, shared, W)
             self._together = False
         return shared, W
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
-        self._write(parameters, self.topology.published(shared, W, _size(parameters)))
         if self.topology.distributed:
-            self.state[parameters[0]] |= {"displacements": W, "shared": shared}
+            buckets = self.topology.lay_out(parameters)
+            self.state[parameters[0]] |= {"displacements": W, "shared": shared, "buckets": buckets}
         else:
             self._part(parameters, W)
+        self.topology.place(parameters, shared, W)
         if step is not None:
             for parameter in parameters:
                 self.state[parameter]["step"] = step
 
-    def _evaluate(
-        self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, data: Data
-    ) -> tuple[Tensor, Tensor]:
-        """Losses `(M,)`, and columns `(M, n)` of the gradients of what is minimised: negated if a group maximizes."""
-        losses, rows = self.topology.gradients(closure, parameters, points, data)
-        rows = rows.to(points.dtype)
-        finite = torch.isfinite(losses) & torch.isfinite(rows.sum(dim=1))
-        table = self.topology.by_replica(torch.stack((finite.to(losses), losses), dim=1))
-        if not bool(table[:, 0].all()):
-            replica = int((table[:, 0] == 0.0).nonzero()[0])
-            loss = float(table[replica, 1])
-            raise FloatingPointError(f"loss or gradient of replica {replica} is not finite (loss {loss})")
+    def _evaluate(self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, data: Data) -> Evaluation:
+        """Losses and gradients of what is minimised: negated if a group maximizes."""
+        losses, gradients = self.topology.gradients(closure, parameters, W, data)
+        gradients = gradients.to(W.dtype)
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
-        return table[:, 1], self.topology.columns(rows).mul_(self._by_element(parameters, signs))
+        if set(signs) != {1.0}:
+            gradients = gradients.mul_(self._by_element(parameters, signs))
+        return Evaluation(self.topology.total, losses, gradients)
 
     def _observe(
-        self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, W: Tensor, gradients: Tensor
+        self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
     ) -> SecantCurvature | None:
         """Secants of this step; None before the replicas have parted."""
-        low, high = torch.aminmax(W) if W.numel() else (W, W)
-        apart = bool((low != high).any())
-        if not bool(self.topology.total(torch.tensor(apart, dtype=torch.float64))):
-            return None
+        secants = evaluation
         if self.secant_data == "common":
-            _, gradients = self._evaluate(closure, parameters, points, "common")
-        total = self.topology.total if self.topology.distributed else None
-        return SecantCurvature(W, gradients, rtol=self.rtol, damping=self.damping, total=total)
+            parted = torch.tensor([bool((W[:1] != W).any())], dtype=torch.float64)
+            if not bool(evaluation.total(parted)):
+                return None
+            secants = self._evaluate(closure, parameters, W, "common")
+        if self.topology.distributed:
+            options: dict[str, Any] = {"total": secants.total, "vector": evaluation.mean}
+        else:
+            secants.settle()
+            options = {}
+        curvature = SecantCurvature(W, secants.gradients, rtol=self.rtol, damping=self.damping, **options)
+        return curvature if curvature.parted else None
 
     def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Tensor:
         """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
@@ -312,8 +332,12 @@ class ReplicaNewton(Optimizer):
                 rtol=self.rtol,
                 total=self.topology.total,
             )
-        descent = direction * rates if isinstance(rates, Tensor) else direction
-        if float(self.topology.total((descent @ mean_gradient).double().cpu())) > 0.0:
+        if self.topology.distributed and self.rule == "paper" and not isinstance(rates, Tensor):
+            descent = curvature.squared_decrement(mean_gradient)
+        else:
+            weighted = direction * rates if isinstance(rates, Tensor) else direction
+            descent = float(self.topology.total((weighted @ mean_gradient).double().cpu()))
+        if descent > 0.0:
             return direction
         self.fallbacks += 1
         return mean_gradient
@@ -342,20 +366,13 @@ class ReplicaNewton(Optimizer):
             return by_group[0]
         elements = torch.cat(
             [
-                torch.full((p.numel(),), value, dtype=working_dtype(*parameters), device=p.device)
+                torch.full((local(p).numel(),), value, dtype=working_dtype(*parameters), device=p.device)
                 for value, group in zip(by_group, self.param_groups, strict=True)
                 for p in group["params"]
                 if p.requires_grad
             ]
         )
         return self.topology.part(elements)
-
-    @staticmethod
-    def _write(parameters: list[Tensor], values: Tensor) -> None:
-        """`w ← values`, `(N,)`."""
-        pieces = torch.split(values, [p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.copy_(piece.reshape(parameter.shape))
 
     def _step_on_given_gradients(self) -> None:
         """SGD step on what is in `.grad`; parameters without gradient stay."""
@@ -376,11 +393,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _flat(parameters: list[Tensor]) -> Tensor:
-    return torch.cat([parameter.flatten() for parameter in parameters])
-
-
-def _size(parameters: list[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    return torch.cat([local(parameter).flatten() for parameter in parameters])
 
 
 def _no_data() -> Tensor:

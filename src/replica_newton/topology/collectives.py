@@ -74,6 +74,15 @@ class Collectives:
         group = dist.new_group([globally[rank] for rank in ranks], use_local_synchronization=True)
         return Collectives(group, self.timeout, self.elements_sent)
 
+    def beside(self) -> "Collectives":
+        """Collectives of the same processes in an order of their own: they never wait for those of this group.
+
+        Returns:
+            Collectives with the same time-out and count.
+        """
+        group = dist.new_group(dist.get_process_group_ranks(self.group), use_local_synchronization=True)
+        return Collectives(group, self.timeout, self.elements_sent)
+
     def broadcast(self, tensors: Sequence[Tensor], source: int, phase: str) -> None:
         """Overwrite tensors with those of one process.
 
@@ -113,6 +122,41 @@ class Collectives:
         self._run(phase, start)
         self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
         return received.reshape(len(senders), -1)
+
+    def start_exchange(
+        self, sent: Tensor, senders: Sequence[int], receivers: Sequence[int], width: int, phase: str
+    ) -> Callable[[], Tensor]:
+        """Begin an all-to-all of `width` elements from every sender to every receiver, and go on meanwhile.
+
+        Args:
+            sent: `(receivers, width)`, not to be changed; anything where nothing is sent.
+            senders: their ranks, ascending.
+            receivers: their ranks, ascending.
+            width: elements from one to one.
+            phase: what an error calls it.
+
+        Returns:
+            What waits for it and returns `(senders, width)` for a receiver, `(senders, 0)` for others.
+        """
+        sends, receives = self.rank in senders, self.rank in receivers
+        outgoing = [width if sends and rank in receivers else 0 for rank in range(self.size)]
+        incoming = [width if receives and rank in senders else 0 for rank in range(self.size)]
+        received = sent.new_empty(sum(incoming))
+        flat = sent.reshape(-1) if sends else sent.new_empty(0)
+        self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
+        start = partial(dist.all_to_all_single, received, flat, incoming, outgoing, group=self.group, async_op=True)
+        begun: Callable[[], Any]
+        try:
+            work = start()
+            begun = lambda: work  # noqa: E731
+        except RuntimeError:
+            begun = start  # and be told why where it is waited for
+
+        def wait() -> Tensor:
+            self._run(phase, begun)
+            return received.reshape(len(senders), -1)
+
+        return wait
 
     def sum(self, sums: Tensor, phase: str) -> Tensor:
         """Sum over the processes, the same bits in all of them.

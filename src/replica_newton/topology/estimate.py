@@ -30,12 +30,17 @@ class Load:
 def estimate(kind: Kind, parameters: int, replicas: int, *, servers: int = 1, element: int = 4) -> list[Load]:
     """Load of every kind of process; the tests hold it to what is counted at the collectives.
 
+    It is that of one bucket; every further one fills up by less than an element a holder. Groups with different rates,
+    the rule "saddle-free" and gradients in half precision change the sums or the vectors, secants on common data add a
+    second gradient.
+
     Args:
         kind: of topology.
         parameters: N >= 1.
         replicas: M >= 1.
         servers: S >= 1, of a parameter server.
-        element: bytes of an element: 4 for fp32 (and below, whose displacements are fp32), 8 for fp64.
+        element: bytes of an element of a parameter: 4 for fp32, 8 for fp64; 2 for bf16 and fp16, which travel as they
+            are while the state is fp32.
 
     Returns:
         One entry a role.
@@ -49,19 +54,20 @@ def estimate(kind: Kind, parameters: int, replicas: int, *, servers: int = 1, el
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     M = replicas
+    kept = max(element, 4)
     if kind == "simulated":
-        return [Load("process", 1, 0, 0, M * parameters * element)]
-    # Losses and flags of all replicas, whether they have parted, three Gram matrices of differences with two numbers,
-    # the products with the mean gradient, and the descent.
-    sums = (2 * M, 1, 3 * (M - 1) ** 2 + 2, M - 1, 1)
+        return [Load("process", 1, 0, 0, M * parameters * kept)]
+    # One sum: losses and flags of all replicas and a norm; three Gram matrices of differences, their products with the
+    # mean gradient, and whether the replicas have parted.
+    sums = (2 * M + 1) + 3 * (M - 1) ** 2 + (2 * M - 1) + 1
     processes = M if kind == "tree" else M + servers
-    sums_sent = sum(2 * size * (processes - 1) // processes for size in sums) * _SUMS_BYTES
+    sums_sent = 2 * sums * (processes - 1) // processes * _SUMS_BYTES
     if kind == "tree":
         width = -(-parameters // M)
-        return [Load("process", M, 2 * (M - 1) * width * element, sums_sent, (M + 1) * width * element)]
+        return [Load("process", M, 2 * (M - 1) * width * element, sums_sent, (M + 1) * width * kept)]
     width = -(-parameters // servers)
     return [
-        Load("server", servers, M * width * element, sums_sent, (M + 1) * width * element),
+        Load("server", servers, M * width * element, sums_sent, (M + 1) * width * kept),
         Load("worker", M, servers * width * element, sums_sent, 0),
     ]
 

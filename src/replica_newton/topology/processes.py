@@ -1,24 +1,30 @@
 """Replicas in processes of their own, their vectors exchanged by the collectives of `torch.distributed`."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
 from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
 
 DEFAULT_TIMEOUT = 300.0
+_IN_FLIGHT = 2
+"""Buckets of points on their way at a time: enough to keep the wire busy, without a second copy of everything."""
 
 
 class Processes:
     """M replicas in processes of their own, and processes that hold columns; some or all may be both.
 
-    A holder has n = ⌈N/H⌉ of the N columns of everything, H being the number of holders: of the shared parameters, and
-    of the rows of all replicas. The order of the collectives depends on nothing but the calls: not on data, and not on
-    parameters without gradient.
+    A holder has about N/H of the N columns of everything, H being the number of holders: of the shared parameters, and
+    of the rows of all replicas; `Buckets` says which. Gradients are sent while the backward pass still runs. The order
+    of the collectives depends on nothing but the calls: not on data, and not on parameters without gradient.
 
     Between steps the module of a replica stands where the replica does, not at the parameters that all share:
     `ReplicaNewton.synchronise` moves it there.
@@ -28,23 +34,36 @@ class Processes:
         workers: ranks in the group that have a replica, ascending.
         holders: ranks in the group that hold columns, ascending.
         timeout: seconds that a collective may take.
+        bucket_bytes: size of a bucket of gradients, >= 1.
+        shard_group: processes that share this replica's parameters and samples, this one among them; None where each
+            replica is whole. N is then the number of elements of this process's shards, and the loss of a replica the
+            mean over its shards' samples.
 
     Attributes:
         replicas: M, the number of workers.
+        shards: number of processes that share a replica.
         rank: of this process in the group.
         elements_sent: elements that this process has sent to others, by phase.
 
     Raises:
-        ValueError: if `timeout` is not positive.
+        ValueError: if `timeout` or `bucket_bytes` is not positive.
     """
 
     distributed = True
 
     def __init__(
-        self, process_group: dist.ProcessGroup | None, workers: Sequence[int], holders: Sequence[int], timeout: float
+        self,
+        process_group: dist.ProcessGroup | None,
+        workers: Sequence[int],
+        holders: Sequence[int],
+        timeout: float,
+        bucket_bytes: int = BUCKET_BYTES,
+        shard_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
+        if bucket_bytes < 1:
+            raise ValueError(f"{bucket_bytes=} must be >= 1")
         self._workers = list(workers)
         self._holders = list(holders)
         self.timeout = timeout
@@ -52,7 +71,15 @@ class Processes:
         self.elements_sent: Counter[str] = Counter()
         self._all = Collectives(process_group, timeout, self.elements_sent)
         self.rank = self._all.rank
+        self._across = None if shard_group is None else Collectives(shard_group, timeout, self.elements_sent)
+        self.shards = 1 if self._across is None else self._across.size
+        # Closures may have collectives of their own. Where gradients start is up to the backward pass, so they travel
+        # beside those; where there are servers, which have no closure, nothing else can come between.
+        self._for_gradients = self._all.beside() if self.replicas == self._all.size else self._all
         self._among_workers = self._all.among(self._workers) if self.is_worker else self._all
+        self._bucket_bytes = bucket_bytes
+        self._buckets = Buckets((), torch.float32, len(self._holders))
+        self._postponed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -68,7 +95,8 @@ class Processes:
         Any other closure that calls `backward` does as well, as long as secants come from own data.
 
         Args:
-            module: the model, of the same architecture in all processes.
+            module: the model, of the same architecture in all processes; also in `DistributedDataParallel`, whose
+                averaging of gradients is left out.
             criterion: loss of `(module(*inputs), targets)`, a mean over samples.
             inputs: of the shard, batch first; the same shape in all processes.
             targets: of the shard, batch first.
@@ -93,79 +121,107 @@ class Processes:
         """Of the M replicas, the one that is here, if any."""
         return slice(0, 0) if self.replica is None else slice(self.replica, self.replica + 1)
 
-    def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:  # noqa: ARG002
-        """Where the local replicas stand: the module is there already.
+    def lay_out(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Fix which process holds which columns; to be called before anything N-sized travels.
 
         Args:
-            parameters: `(N,)`, of the module.
-            displacements: `(M, n)` columns.
+            parameters: all that vary; of sharded ones, the local shards count.
 
         Returns:
-            `(1, N)`; `(0, N)` where there is no replica.
+            Elements of the buckets, in the order of the columns.
         """
-        return parameters[None][: int(self.is_worker)]
+        pieces = [local(parameter) for parameter in parameters]
+        sizes = tuple(piece.numel() for piece in pieces)
+        dtype = reduce(torch.promote_types, (piece.dtype for piece in pieces))
+        if (sizes, dtype) != (self._buckets.sizes, self._buckets.dtype):
+            self._buckets = Buckets(sizes, dtype, len(self._holders), self._bucket_bytes)
+        return [bucket.size for bucket in self._buckets]
 
-    def published(self, shared: Tensor, displacements: Tensor, size: int) -> Tensor:
-        """What the module's parameters become: the point of this process's replica.
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here leave their gradients to the step's last one outside, or to the end of the closure.
+
+        For closures with several backward passes (gradient accumulation), or that change gradients after them:
+
+            def closure():
+                with topology.no_sync():
+                    for x, y in micro_batches[:-1]:
+                        (criterion(model(x), y) / len(micro_batches)).backward()
+                x, y = micro_batches[-1]
+                ...
+
+        Yields:
+            Nothing.
+        """
+        before, self._postponed = self._postponed, True
+        try:
+            yield
+        finally:
+            self._postponed = before
+
+    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:
+        """Move the module of every worker to where its replica stands.
 
         Args:
+            parameters: of the module.
             shared: `(n,)` columns of the parameters that all share.
             displacements: `(M, n)` columns.
-            size: N.
-
-        Returns:
-            `(N,)`; zeros where there is no replica.
         """
-        width = self._width(size)
-        points = self._all.exchange(shared + displacements, self._holders, self._workers, width, "points")
-        return points.flatten()[:size] if self.is_worker else shared.new_zeros(size)
+        travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+
+        def arrive() -> None:
+            bucket, wait = travelling.popleft()
+            point = wait().flatten()[: bucket.size]
+            if self.is_worker:
+                write(parameters[bucket.parameters], point)
+
+        for bucket in self._buckets:
+            points = shared[bucket.columns] + displacements[:, bucket.columns]
+            travelling.append((bucket, self._exchange_points(points.to(self._buckets.dtype), bucket)))
+            if len(travelling) > _IN_FLIGHT:
+                arrive()
+        while travelling:
+            arrive()
 
     def gradients(
-        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], points: Tensor, data: Data
+        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data
     ) -> ReplicaGradients:
-        """Loss and gradient of the local replica, at the module's parameters.
+        """This process's share of the losses, and the columns that it holds of the gradients.
 
         Args:
             closure: of any kind for own data; a `LocalClosure` for common data.
-            parameters: whose gradients are wanted; those without get zeros.
-            points: `(1, N)`, where the module stands.
+            parameters: whose gradients are wanted; those without get zeros. The module stands where its replica does.
+            displacements: `(M, n)` columns.
             data: own shards, or that of the first replica for all.
 
         Returns:
-            Losses `(1,)` and gradients `(1, N)`.
+            Losses `(M,)`, zero but for (a shard's part in) that of the local replica, and gradients `(M, n)`; columns
+            beyond N are zero.
 
         Raises:
             TypeError: if the closure cannot evaluate common data.
             ValueError: if a gradient is sparse.
         """
+        if data == "common" and self.is_worker and not isinstance(closure, LocalClosure):
+            raise TypeError("common data need a closure from topology.closure(module, criterion, inputs, targets)")
+        losses = torch.zeros(self.replicas, dtype=torch.float64)
         if not self.is_worker:
-            return ReplicaGradients(points.new_zeros(0), points)
+            nothing = displacements.new_empty(0, dtype=self._buckets.dtype)
+            started = [self._exchange_gradients(nothing, bucket) for bucket in self._buckets]
+            return ReplicaGradients(losses, joined(started, self._buckets))
+        exchange = GradientExchange(parameters, self._buckets, self._exchange_gradients, lambda: self._postponed)
         for parameter in parameters:
             parameter.grad = None
-        if data == "own":
-            with torch.enable_grad():
-                loss = closure()
-        elif isinstance(closure, LocalClosure):
-            loss = closure.common()
-        else:
-            raise TypeError("common data need a closure from topology.closure(module, criterion, inputs, targets)")
-        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if any(piece.layout != torch.strided for piece in pieces):
-            raise ValueError("sparse gradients are not supported")
-        row = torch.cat([piece.flatten() for piece in pieces]).to(points.dtype)
-        return ReplicaGradients(torch.as_tensor(loss).detach().reshape(1), row[None])
+        with exchange, torch.enable_grad():
+            loss = closure.common() if data == "common" and isinstance(closure, LocalClosure) else closure()
+        losses[self._local] = torch.as_tensor(loss).detach().to(losses) / self.shards
+        return ReplicaGradients(losses, exchange.columns())
 
-    def columns(self, rows: Tensor) -> Tensor:
-        """Rows of all replicas, the columns that this process holds.
+    def _exchange_gradients(self, rows: Tensor, bucket: Bucket) -> Callable[[], Tensor]:
+        return self._for_gradients.start_exchange(rows, self._workers, self._holders, bucket.width, "gradients")
 
-        Args:
-            rows: `(1, N)`, of the local replica, if any.
-
-        Returns:
-            `(M, n)`; columns beyond N are zero.
-        """
-        pieces = self._split(rows[0]) if len(rows) else rows.new_zeros(0)
-        return self._all.exchange(pieces, self._workers, self._holders, self._width(rows.shape[1]), "gradients")
+    def _exchange_points(self, columns: Tensor, bucket: Bucket) -> Callable[[], Tensor]:
+        return self._all.start_exchange(columns, self._holders, self._workers, bucket.width, "points")
 
     def part(self, vector: Tensor) -> Tensor:
         """The columns of a vector that this process holds.
@@ -178,26 +234,27 @@ class Processes:
         """
         if self.rank not in self._holders:
             return vector[:0].clone()
-        return self._split(vector)[self._holders.index(self.rank)].clone()
+        return self._buckets.part(vector, self._holders.index(self.rank))
 
-    def whole(self, part: Tensor, size: int) -> Tensor:
+    def whole(self, part: Tensor) -> Tensor:
         """A vector from its columns in all processes.
 
         Args:
             part: `(n,)`.
-            size: N.
 
         Returns:
             `(N,)`, the same bits in all processes.
         """
         everyone = range(self._all.size)
-        sent = part.expand(len(everyone), -1)
-        return self._all.exchange(sent, self._holders, everyone, self._width(size), "shared parameters").flatten()[
-            :size
-        ]
+        vector = part.new_empty(self._buckets.size)
+        for bucket in self._buckets:
+            sent = part[bucket.columns].expand(len(everyone), -1)
+            wait = self._all.start_exchange(sent, self._holders, everyone, bucket.width, "shared parameters")
+            vector[bucket.elements] = wait().flatten()[: bucket.size]
+        return vector
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sum over the processes, the same bits in all of them.
+        """Sum over the processes, those of all shards, the same bits in all of them.
 
         Args:
             sums: fp64 on the CPU, of some M² elements.
@@ -205,31 +262,22 @@ class Processes:
         Returns:
             The sum, of the same shape.
         """
-        return self._all.sum(sums, "inner products")
+        return self._over_shards(self._all.sum(sums, "inner products"), "inner products")
 
-    def total_of_workers(self, sums: Tensor) -> Tensor:
-        """Sum over the processes that have a replica, called by these alone.
-
-        Args:
-            sums: fp64 on the CPU.
-
-        Returns:
-            The sum, of the same shape.
-        """
-        return self._among_workers.sum(sums, "buffers")
-
-    def by_replica(self, values: Tensor) -> Tensor:
-        """Numbers of all replicas.
+    def mean_of_workers(self, values: Tensor) -> Tensor:
+        """Mean over the processes that have a replica, called by these alone.
 
         Args:
-            values: `(1, k)`, of the local replica.
+            values: fp64 on the CPU.
 
         Returns:
-            `(M, k)` fp64 on the CPU, the same in all processes.
+            The mean, of the same shape.
         """
-        table = torch.zeros(self.replicas, values.shape[1], dtype=torch.float64)
-        table[self._local] = values.to(table)
-        return self.total(table)
+        total = self._over_shards(self._among_workers.sum(values, "buffers"), "buffers")
+        return total / (self.replicas * self.shards)
+
+    def _over_shards(self, sums: Tensor, phase: str) -> Tensor:
+        return sums if self._across is None else self._across.sum(sums, phase)
 
     def agree(self, message: Tensor) -> Tensor:
         """What the first worker says, where some processes cannot know it: here all do.
@@ -258,17 +306,6 @@ class Processes:
             tensors: of the same shapes in all processes.
         """
         self._among_workers.broadcast(tensors, 0, "common shard")
-
-    def _width(self, size: int) -> int:
-        """n, the columns of a holder, of N elements."""
-        return -(-size // len(self._holders))
-
-    def _split(self, vector: Tensor) -> Tensor:
-        """`(H, n)`: the vector, filled up with zeros, in as many pieces as there are holders."""
-        width = self._width(vector.numel())
-        padded = vector.new_zeros(len(self._holders) * width)
-        padded[: vector.numel()] = vector
-        return padded.reshape(-1, width)
 
 
 class LocalClosure:
@@ -301,8 +338,7 @@ class LocalClosure:
         loss = self._backward(self._samples)
         for buffer in self._module.buffers():
             if buffer.is_floating_point():
-                mean = self._topology.total_of_workers(buffer.double().cpu()) / self.replicas
-                buffer.copy_(mean.to(buffer))
+                buffer.copy_(self._topology.mean_of_workers(buffer.double().cpu()).to(buffer))
         return loss
 
     def common(self) -> Tensor:
@@ -319,6 +355,8 @@ class LocalClosure:
         return loss
 
     def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
-        loss = backward(self._module, self._criterion, samples)
+        # A DistributedDataParallel module would average the gradients, and with them the differences away.
+        with self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext():
+            loss = backward(self._module, self._criterion, samples)
         self.samples_evaluated += self.replicas * len(samples[-1])
         return loss

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from replica_newton.topology.buckets import write
+
 logger = logging.getLogger(__name__)
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -77,23 +79,23 @@ class Simulated:
         """
         return ReplicaClosure(self, module, criterion, inputs if isinstance(inputs, tuple) else (inputs,), targets)
 
-    def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:
-        """Where the replicas stand; see `Topology`."""
-        return displacements + parameters.to(displacements.dtype)
+    def lay_out(self, parameters: Sequence[Tensor]) -> list[int]:  # noqa: ARG002
+        """All columns are here; see `Topology`."""
+        return []
 
-    def published(self, shared: Tensor, displacements: Tensor, size: int) -> Tensor:  # noqa: ARG002
+    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:  # noqa: ARG002
         """The module stands at the shared parameters; see `Topology`."""
-        return shared
+        write(parameters, shared)
 
     def gradients(
-        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], points: Tensor, data: Data
+        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data
     ) -> ReplicaGradients:
         """Losses and gradients of all replicas; see `Topology`.
 
         Args:
             closure: made by `closure` of a topology of as many replicas.
             parameters: whose gradients are wanted.
-            points: `(M, N)`.
+            displacements: `(M, N)`.
             data: own shards, or one common shard.
 
         Returns:
@@ -110,27 +112,20 @@ class Simulated:
             raise ValueError(
                 f"closure evaluates {closure.replicas} replicas, the optimizer's topology has {self.replicas}"
             )
-        return closure.gradients(parameters, points, data=data)
-
-    def columns(self, rows: Tensor) -> Tensor:
-        """All columns; see `Topology`."""
-        return rows
+        shared = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        return closure.gradients(parameters, displacements + shared.to(displacements.dtype), data=data)
 
     def part(self, vector: Tensor) -> Tensor:
         """All of a vector; see `Topology`."""
         return vector
 
-    def whole(self, part: Tensor, size: int) -> Tensor:  # noqa: ARG002
+    def whole(self, part: Tensor) -> Tensor:
         """A vector from all of it; see `Topology`."""
         return part
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum over one process; see `Topology`."""
         return sums
-
-    def by_replica(self, values: Tensor) -> Tensor:
-        """Numbers of all replicas, which are here; see `Topology`."""
-        return values.double().cpu()
 
     def agree(self, message: Tensor) -> Tensor:
         """The message itself; see `Topology`."""

@@ -25,38 +25,33 @@ class Topology(Protocol):
         """Whether the replicas live in processes of their own, each in a module that stands where it does."""
         ...
 
-    def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:
-        """Where the local replicas stand, `(local, N)`, from the module's parameters, `(N,)`, and columns `(M, n)`."""
+    def lay_out(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Fix which process holds which columns; returns what a state must agree with to be of the same columns."""
         ...
 
-    def published(self, shared: Tensor, displacements: Tensor, size: int) -> Tensor:
-        """What the module's N parameters become, from columns `(n,)` of those all share and `(M, n)` displacements."""
+    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:
+        """Write the module's parameters, from columns `(n,)` of those all share and `(M, n)` displacements."""
         ...
 
     def gradients(
-        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], points: Tensor, data: Data
+        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data
     ) -> ReplicaGradients:
-        """Losses `(local,)` and gradients `(local, N)` of the local replicas at their points."""
-        ...
+        """This process's share of the losses, `(M,)`, and columns `(M, n)` of the gradients, at displacements `(M, n)`.
 
-    def columns(self, rows: Tensor) -> Tensor:
-        """Rows of the local replicas, `(local, N)`, as the columns of all rows held here, `(M, n)`."""
+        The shares of all processes sum to the losses.
+        """
         ...
 
     def part(self, vector: Tensor) -> Tensor:
         """The columns held here, `(n,)`, of a vector `(N,)` that all processes have."""
         ...
 
-    def whole(self, part: Tensor, size: int) -> Tensor:
-        """A vector of N elements from its columns in all processes."""
+    def whole(self, part: Tensor) -> Tensor:
+        """A vector `(N,)` from its columns in all processes."""
         ...
 
     def total(self, sums: Tensor) -> Tensor:
         """Sum over the processes of a small fp64 tensor on the CPU."""
-        ...
-
-    def by_replica(self, values: Tensor) -> Tensor:
-        """Numbers `(M, k)` of all replicas, fp64 on the CPU, from those of the local ones, `(local, k)`."""
         ...
 
     def agree(self, message: Tensor) -> Tensor:
