@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -11,14 +12,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
-from replica_newton.spread import LocalStep, Spread
-from replica_newton.topology import Simulated, Topology
+from replica_newton.spread import LocalStep, Spread, regrouped
+from replica_newton.topology import Simulated, Topology, TopologyError
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
-_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
+Nonfinite = Literal["stop", "skip"]
+MAX_SKIPPED_IN_A_ROW = 20
+_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE, _SERVE = range(5)
 
 
 class ReplicaNewton(Optimizer):
@@ -53,10 +56,14 @@ class ReplicaNewton(Optimizer):
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
         rtol: relative cut-off of the secants' directions, in [0, 1).
         maximize: ascend instead of descend; everything is then that of the negated loss.
+        nonfinite: what a step does whose loss or gradient is not finite in any replica. "stop" raises
+            `FloatingPointError`, "skip" goes on to the next step, and raises it only when more than 20 in a row come to
+            nothing. With a closure from `topology.closure` batch-norm statistics are then as before the step, too.
 
     Attributes:
         curvature: `SecantCurvature` of the last step, None where there was none.
         fallbacks: steps that were replaced by the SGD step because they did not descend.
+        skipped: steps that were skipped because a loss or gradient was not finite.
 
     Raises:
         ValueError: if an option is out of range.
@@ -77,6 +84,7 @@ class ReplicaNewton(Optimizer):
         damping: float = 0.0,
         rtol: float = DEFAULT_RTOL,
         maximize: bool = False,
+        nonfinite: Nonfinite = "stop",
     ) -> None:
         if not 0.0 <= float(lr) < float("inf"):
             raise ValueError(f"{lr=} must be finite and >= 0")
@@ -88,6 +96,8 @@ class ReplicaNewton(Optimizer):
             raise ValueError(f"{damping=} must be finite and >= 0")
         if not 0.0 <= rtol < 1.0:
             raise ValueError(f"{rtol=} must be in [0, 1)")
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"{nonfinite=} must be one of {', '.join(get_args(Nonfinite))}")
         self.rule = rule
         self.topology: Topology = Simulated(1) if topology is None else topology
         self.spread = LocalStep() if spread is None else spread
@@ -97,15 +107,22 @@ class ReplicaNewton(Optimizer):
         self.damping = damping
         self.rtol = rtol
         self.curvature: SecantCurvature | None = None
+        self.nonfinite = nonfinite
         self.fallbacks = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._counted = (0, 0, 0)
+        self._outcome: Tensor | FloatingPointError | None = None
+        self._rows: list[int] | None = None
         self._together = False
         super().__init__(params, {"lr": lr, "maximize": maximize})
         if self.topology.replicas == 1:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "fallbacks", "_together")
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
+        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "nonfinite", "fallbacks", "skipped")
+        kept = {name: getattr(self, name) for name in (*own, "_skipped_in_a_row", "_counted", "_rows", "_together")}
+        return super().__getstate__() | kept | {"curvature": None, "_outcome": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -152,8 +169,11 @@ class ReplicaNewton(Optimizer):
         if closure is None and not self.topology.distributed:
             self._step_on_given_gradients()
             return None
-        self._announce(_STEP if closure is not None else _STEP_ON_GIVEN)
-        return self._take_step(closure)
+        self._call(_STEP if closure is not None else _STEP_ON_GIVEN, closure)
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, FloatingPointError):
+            raise outcome
+        return outcome if closure is not None else None
 
     @torch.no_grad()
     def serve(self) -> None:
@@ -162,18 +182,84 @@ class ReplicaNewton(Optimizer):
         Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
         here.
         """
-        while (call := self._announce(_CLOSE)) != _CLOSE:
-            try:
-                if call == _SYNCHRONISE:
-                    self._synchronise()
-                else:
-                    self._take_step(_no_data if call == _STEP else None)
-            except FloatingPointError as error:
-                logger.warning("step given up: %s", error)
+        while self._call(_SERVE) != _CLOSE:
+            if isinstance(self._outcome, FloatingPointError):
+                logger.warning("step given up: %s", self._outcome)
 
     def close(self) -> None:
         """Tell the servers that there are no more steps; nothing to do where there are none."""
-        self._announce(_CLOSE)
+        try:
+            self._call(_CLOSE)
+        except TopologyError as error:
+            logger.warning("others have left before this process: %s", error)
+
+    def _call(self, call: int, closure: Callable[[], Tensor] | None = None) -> int:
+        """Make a call that all processes make, servers by what the first worker says; returns which it was."""
+        agreed = call
+
+        def attempt() -> bool:
+            nonlocal agreed
+            self._outcome, self._counted = None, self._counts()
+            agreed = self._announce(call)
+            if call not in {_SERVE, agreed}:
+                raise TopologyError("the first worker makes another call here: all workers must make the same")
+            if agreed == _SYNCHRONISE:
+                self._synchronise()
+            elif agreed != _CLOSE:
+                self._try_step((closure or _no_data) if agreed == _STEP else None)
+            return agreed in {_STEP, _STEP_ON_GIVEN}
+
+        self.topology.together(attempt, self._meet)
+        return agreed
+
+    def _try_step(self, closure: Callable[[], Tensor] | None) -> None:
+        """Take a step, or none where a loss or gradient is not finite; `_outcome` is the loss or the error."""
+        try:
+            self._take_step(closure)
+        except (FloatingPointError, TopologyError) as error:
+            restore = getattr(closure, "restore", None)
+            if restore is not None:
+                restore()
+            if isinstance(error, TopologyError):
+                raise
+            undo = partial(self._go_back, [], [], self._counted)
+            self._skipped_in_a_row += 1
+            if self.nonfinite == "stop" or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                self._outcome = error
+            else:
+                self.skipped += 1
+                logger.warning("step skipped: %s", error)
+            self.topology.agree_to_give_up(undo)
+
+    def _counts(self) -> tuple[int, int, int]:
+        return self.fallbacks, self.skipped, self._skipped_in_a_row
+
+    def _go_back(self, parameters: list[Tensor], states: list[dict[str, Any]], counts: tuple[int, int, int]) -> None:
+        """Undo a step that other processes cannot end."""
+        for parameter, state in zip(parameters, states, strict=True):
+            self.state[parameter] = state
+        self.fallbacks, self.skipped, self._skipped_in_a_row = counts
+
+    def _meet(self) -> None:
+        """After a change of members: all at the parameters that all share, and as many displacements as replicas."""
+        topology, parameters = self.topology, self._trained()
+        state = self.state[parameters[0]]
+        mine = ["shared" in state, state.get("step", -1), topology.steps, *self._counts()]
+        said = topology.said_by_server(torch.tensor(mine, dtype=torch.float64)).long().tolist()
+        settled, step, topology.steps, self.fallbacks, self.skipped, self._skipped_in_a_row = said
+        if not settled:
+            return
+        if "shared" not in state:
+            nothing = topology.part(_flat(parameters).to(working_dtype(*parameters)))
+            state |= {"shared": nothing, "displacements": nothing.new_zeros(topology.replicas, len(nothing))}
+        elif self._rows is not None:
+            state["displacements"] = regrouped(state["displacements"], self._rows, topology.workers)
+            self._rows = topology.workers
+        if step >= 0:
+            for parameter in parameters:
+                self.state[parameter]["step"] = step
+        self._write(parameters, topology.whole(state["shared"], _size(parameters)))
+        self._together = True
 
     def _announce(self, call: int) -> int:
         """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
@@ -184,25 +270,24 @@ class ReplicaNewton(Optimizer):
                 group["lr"] = rate
         return int(message[0])
 
-    def _take_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
+    def _take_step(self, closure: Callable[[], Tensor] | None) -> None:
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
         shared, W = self._stand(parameters)
         points = self.topology.points(_flat(parameters), W)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
-        losses, gradients = self._evaluate(closure or _given(parameters), parameters, points, "own")
+        _, gradients = self._evaluate(closure or _given(parameters), parameters, points, "own")
         mean = gradients.mean(dim=0)
         if closure is None:
             self._settle(parameters, shared - rates * mean, W)
-            return None
+            return
         self.curvature = self._observe(closure, parameters, points, W, gradients)
         direction = self._direction(mean, rates)
         step = self.state[parameters[0]].get("step", 0)
         self._settle(
             parameters, shared - rates * direction, self.spread.displacements(gradients, rates, step), step + 1
         )
-        return losses.mean().to(points)
 
     @torch.no_grad()
     def synchronise(self) -> None:
@@ -211,14 +296,18 @@ class ReplicaNewton(Optimizer):
         Where replicas live in one process it stands there anyway. The next step moves them apart again.
         """
         if self.topology.distributed:
-            self._announce(_SYNCHRONISE)
-            self._synchronise()
+            self._call(_SYNCHRONISE)
 
     def _synchronise(self) -> None:
         parameters = self._trained()
+        self.topology.prepared()
         if "shared" in self.state[parameters[0]]:
             self._write(parameters, self.topology.whole(self.state[parameters[0]]["shared"], _size(parameters)))
             self._together = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
+        return super().state_dict() | {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; displacements keep their precision where parameters have less.
@@ -235,6 +324,9 @@ class ReplicaNewton(Optimizer):
             saved = state_dict["state"].get(index, {})
             for name in {"displacements", "shared"} & saved.keys():
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+        # States of before version 0.1 have none.
+        counts = state_dict.get("counts", {})
+        self.fallbacks, self.skipped = counts.get("fallbacks", 0), counts.get("skipped", 0)
         self._together = True
 
     def _trained(self) -> list[Tensor]:
@@ -259,7 +351,8 @@ class ReplicaNewton(Optimizer):
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
-        self._write(parameters, self.topology.published(shared, W, _size(parameters)))
+        before = [dict(self.state[parameter]) for parameter in parameters]
+        undo = partial(self._go_back, parameters, before, self._counted)
         if self.topology.distributed:
             self.state[parameters[0]] |= {"displacements": W, "shared": shared}
         else:
@@ -267,6 +360,10 @@ class ReplicaNewton(Optimizer):
         if step is not None:
             for parameter in parameters:
                 self.state[parameter]["step"] = step
+        self._skipped_in_a_row = 0
+        self._rows = self.topology.workers
+        self.topology.prepared(undo, stepped=True)
+        self._write(parameters, self.topology.published(shared, W, _size(parameters)))
 
     def _evaluate(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, data: Data
@@ -276,6 +373,8 @@ class ReplicaNewton(Optimizer):
         rows = rows.to(points.dtype)
         finite = torch.isfinite(losses) & torch.isfinite(rows.sum(dim=1))
         table = self.topology.by_replica(torch.stack((finite.to(losses), losses), dim=1))
+        if data == "own":
+            self._outcome = table[:, 1].mean().to(points)
         if not bool(table[:, 0].all()):
             replica = int((table[:, 0] == 0.0).nonzero()[0])
             loss = float(table[replica, 1])

@@ -8,7 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from replica_newton.topology.collectives import Collectives
-from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
+from replica_newton.topology.simulated import (
+    Buffers,
+    Criterion,
+    Data,
+    ReplicaGradients,
+    backward,
+    snapshot,
+    write_back,
+)
 
 DEFAULT_TIMEOUT = 300.0
 
@@ -32,6 +40,7 @@ class Processes:
     Attributes:
         replicas: M, the number of workers.
         rank: of this process in the group.
+        steps: steps asked for so far by the whole run, taken or given up; a newcomer has that of the others.
         elements_sent: elements that this process has sent to others, by phase.
 
     Raises:
@@ -43,16 +52,24 @@ class Processes:
     def __init__(
         self, process_group: dist.ProcessGroup | None, workers: Sequence[int], holders: Sequence[int], timeout: float
     ) -> None:
+        self._begin(timeout)
+        self._adopt(Collectives.of(process_group, timeout, self.elements_sent), workers, holders)
+
+    def _begin(self, timeout: float) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
+        self.timeout = timeout
+        self.steps = 0
+        self.elements_sent: Counter[str] = Counter()
+
+    def _adopt(self, collectives: Collectives, workers: Sequence[int], holders: Sequence[int]) -> None:
+        """Talk through these from now on."""
+        self._all = collectives
+        self.rank = collectives.rank
         self._workers = list(workers)
         self._holders = list(holders)
-        self.timeout = timeout
         self.replicas = len(self._workers)
-        self.elements_sent: Counter[str] = Counter()
-        self._all = Collectives(process_group, timeout, self.elements_sent)
-        self.rank = self._all.rank
-        self._among_workers = self._all.among(self._workers) if self.is_worker else self._all
+        self._among_workers = collectives.among(self._workers) if self.is_worker else collectives
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -81,12 +98,17 @@ class Processes:
     @property
     def is_worker(self) -> bool:
         """Whether this process has a replica."""
-        return self.rank in self._workers
+        return self._all.rank in self._workers
 
     @property
     def replica(self) -> int | None:
         """m, the number of the replica in this process, from 0; None where there is none."""
-        return self._workers.index(self.rank) if self.is_worker else None
+        return self._workers.index(self._all.rank) if self.is_worker else None
+
+    @property
+    def workers(self) -> list[int]:
+        """Names of the workers, by replica: their ranks."""
+        return self._workers
 
     @property
     def _local(self) -> slice:
@@ -176,9 +198,9 @@ class Processes:
         Returns:
             `(n,)`; what lies beyond N is zero.
         """
-        if self.rank not in self._holders:
+        if self._all.rank not in self._holders:
             return vector[:0].clone()
-        return self._split(vector)[self._holders.index(self.rank)].clone()
+        return self._split(vector)[self._holders.index(self._all.rank)].clone()
 
     def whole(self, part: Tensor, size: int) -> Tensor:
         """A vector from its columns in all processes.
@@ -251,13 +273,37 @@ class Processes:
         """
         self._all.broadcast(tensors, self._workers[0], phase)
 
-    def common_to_workers(self, tensors: Sequence[Tensor]) -> None:
+    def common_to_workers(self, tensors: Sequence[Tensor], phase: str = "common shard") -> None:
         """Overwrite tensors with those of the first worker, called by workers alone.
 
         Args:
             tensors: of the same shapes in all processes.
+            phase: what an error calls it.
         """
-        self._among_workers.broadcast(tensors, 0, "common shard")
+        self._among_workers.broadcast(tensors, 0, phase)
+
+    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002
+        """Make a call that all processes make; see `Topology`."""
+        call()
+
+    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:  # noqa: ARG002
+        """Count a step that will be taken, or has been given up; see `Topology`."""
+        self.steps += stepped
+
+    def agree_to_give_up(self, undo: Callable[[], None]) -> None:
+        """All know that the step is given up; see `Topology`."""
+        self.prepared(undo, stepped=True)
+
+    def said_by_server(self, message: Tensor) -> Tensor:
+        """What the first holder of columns knows: here all know it; see `Topology`."""
+        return message
+
+    def align(self, buffers: Sequence[Tensor]) -> None:
+        """Overwrite buffers of the module with those of the first worker, where they may differ. Called by workers.
+
+        Args:
+            buffers: of the same shapes in all processes.
+        """
 
     def _width(self, size: int) -> int:
         """n, the columns of a holder, of N elements."""
@@ -289,6 +335,7 @@ class LocalClosure:
         self._module = module
         self._criterion = criterion
         self._samples = (*inputs, targets)
+        self._before: Buffers = []
         self.samples_evaluated = 0
 
     @property
@@ -298,6 +345,8 @@ class LocalClosure:
 
     def __call__(self) -> Tensor:
         """Gradient of the shard; buffers (batch-norm statistics) become the mean over replicas."""
+        self._topology.align(list(self._module.buffers()))
+        self._before = snapshot(self._module)
         loss = self._backward(self._samples)
         for buffer in self._module.buffers():
             if buffer.is_floating_point():
@@ -310,13 +359,16 @@ class LocalClosure:
         samples = tuple(rows.clone() for rows in self._samples)
         random_state = torch.get_rng_state()
         self._topology.common_to_workers((*samples, random_state))
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        before = snapshot(self._module)
         with torch.random.fork_rng():
             torch.set_rng_state(random_state)
             loss = self._backward(samples)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        write_back(before)
         return loss
+
+    def restore(self) -> None:
+        """Put the module's buffers back to where they were before the last evaluation."""
+        write_back(self._before)
 
     def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
         loss = backward(self._module, self._criterion, samples)

@@ -1,0 +1,124 @@
+"""What the processes of `processes.run_processes` do when workers go and come."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import batch, network
+from processes import Leave, meeting
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from replica_newton import ParameterServer, ReplicaNewton, TreeReduction
+from replica_newton.topology import TopologyError
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logger = logging.getLogger("replica_newton")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def fail(how: str) -> None:
+    """End, stop or hang this process."""
+    if how == "late":
+        time.sleep(1.5)
+    elif how == "hung":
+        time.sleep(3600.0)
+    elif how == "error":
+        raise Leave("an error of its own")
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+
+
+def fail_at(topology: Any, phase: str, at: int, how: str) -> None:
+    """Have this process fail when it comes to, or has ended, a method of the topology in a step."""
+    when, _, name = phase.partition(" ")
+    original: Callable[..., Any] = getattr(topology, name)
+
+    def method(*arguments: Any) -> Any:
+        failing = topology.steps - (name == "published") == at
+        if failing and when == "before":
+            fail(how)
+        result = original(*arguments)
+        if failing and when == "after":
+            fail(how)
+        return result
+
+    setattr(topology, name, method)
+
+
+def lossy(
+    rank: int,
+    count: int,
+    *,
+    folder: Path,
+    servers: int = 1,
+    steps: int = 12,
+    lost_rank: int = -1,
+    phase: str = "before columns",
+    how: str = "killed",
+    at: int = 4,
+    timeout: float = 20.0,
+    newcomer: bool = False,
+    tree: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train while one process is lost, and perhaps another comes; everything that a test may want to know."""
+    begun, log = time.monotonic(), Lines()
+    topology: Any
+    if rank >= count:
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        topology = ParameterServer.join(meeting(folder, count), timeout=timeout)
+    elif tree:
+        topology = TreeReduction(timeout=timeout)
+    else:
+        topology = ParameterServer(servers, timeout=timeout, **options)
+    module = network(torch.float64, normalised=True, seed=rank)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    if rank == lost_rank:
+        fail_at(topology, phase, at, how)
+    losses, replicas = [], []
+    try:
+        if not tree and topology.is_server:
+            optimizer.serve()
+        else:
+            until = steps if not newcomer else topology.steps + 6 if rank >= count else 10_000
+            while topology.steps < until:
+                if topology.steps == at + 2 and topology.replica == 0:
+                    (folder / "go").touch()
+                M, step = topology.replicas, topology.steps
+                inputs, targets = (one.chunk(M)[topology.replica] for one in batch(step, torch.float64))
+                losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
+                replicas.append(topology.replicas)
+                if until == 10_000 and replicas[-2:-1] < replicas[-1:] and step > at:
+                    until = topology.steps + 6
+            optimizer.synchronise()
+            optimizer.close()
+    except TopologyError as error:
+        raise Leave({"said": str(error), "seconds": time.monotonic() - begun, "log": log.lines}) from error
+    raise Leave(
+        {
+            "losses": losses,
+            "replicas": replicas,
+            "log": log.lines,
+            "steps": topology.steps,
+            "rank": topology.rank,
+            "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
+            "buffers": [buffer.clone() for buffer in module.buffers()],
+        }
+    )
