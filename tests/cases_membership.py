@@ -74,6 +74,7 @@ def lossy(
     at: int = 4,
     timeout: float = 20.0,
     newcomer: bool = False,
+    wakes: int | None = None,
     tree: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def lossy(
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
     if rank == lost_rank:
         fail_at(topology, phase, at, how)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
     losses, replicas = [], []
     try:
         if not tree and topology.is_server:
@@ -105,6 +107,9 @@ def lossy(
                 inputs, targets = (one.chunk(M)[topology.replica] for one in batch(step, torch.float64))
                 losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
                 replicas.append(topology.replicas)
+                if rank == wakes and topology.steps == at + 3:
+                    os.kill(int((folder / f"pid-{lost_rank}").read_text()), signal.SIGCONT)
+                    time.sleep(0.5)
                 if until == 10_000 and replicas[-2:-1] < replicas[-1:] and step > at:
                     until = topology.steps + 6
             optimizer.synchronise()
