@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 import signal
 import time
@@ -60,6 +61,7 @@ def train(
     servers: int = 0,
     lr: float = 0.05,
     decay: float = 1.0,
+    poisoned: tuple[int, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
@@ -77,6 +79,8 @@ def train(
     losses, eigenvalues, together = [], [], []
     for step in range(steps):
         inputs, targets = batch(step, dtype)
+        if step in poisoned:
+            inputs[-1, 0] = torch.nan
         if rank is not None:
             workers, worker = count - servers, rank - servers
             inputs, targets = inputs.chunk(workers)[worker], targets.chunk(workers)[worker]
@@ -88,7 +92,11 @@ def train(
                 loss.backward()
                 return loss
 
-        losses.append(float(optimizer.step(closure)))
+        loss = float(optimizer.step(closure))
+        if step in poisoned:
+            assert not math.isfinite(loss)
+        else:
+            losses.append(loss)
         # By one alone: what is M-sized must not need the others.
         if optimizer.curvature is not None and rank in {None, servers}:
             eigenvalues.append(optimizer.curvature.eigenvalues)
@@ -106,6 +114,7 @@ def train(
         "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
         "buffers": [buffer.clone() for buffer in module.buffers()],
         "fallbacks": optimizer.fallbacks,
+        "skipped": optimizer.skipped,
         "sent": dict(topology.elements_sent) if rank is not None else {},
         "state": state_size(optimizer),
     }

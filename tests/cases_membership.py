@@ -29,11 +29,12 @@ class Lines(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
         self.lines.append(record.getMessage())
 
 
 def fail(how: str) -> None:
-    """End, stop or hang this process."""
+    """End, stop or hang this process, or hold it up."""
     if how == "late":
         time.sleep(1.5)
     elif how == "hung":
@@ -59,6 +60,67 @@ def fail_at(topology: Any, phase: str, at: int, how: str) -> None:
         return result
 
     setattr(topology, name, method)
+
+
+def glitch(topology: Any, phase: str, at: int) -> None:
+    """Have a collective seem to fail in this process, once, before or after a method in a call of the optimizer."""
+    when, _, name = phase.partition(" ")
+    original: Callable[..., Any] = getattr(topology, name)
+    pending = [True]
+
+    def fail() -> None:
+        pending.clear()
+        raise topology._all._failure(f"glitch {phase}", 0.1, RuntimeError("on purpose"))
+
+    def method(*arguments: Any, **options: Any) -> Any:
+        now = bool(pending) and topology._begun == at
+        if now and when == "before":
+            fail()
+        result = original(*arguments, **options)
+        if now and when == "after":
+            fail()
+        return result
+
+    setattr(topology, name, method)
+
+
+def interrupted(
+    rank: int, count: int, *, servers: int, glitches: list[tuple[int, str, int]], nonfinite: str = "skip"
+) -> dict[str, Any] | None:
+    """Train while collectives fail though nobody is lost; one loss in between is not finite."""
+    log = Lines()
+    topology = ParameterServer(servers, timeout=60.0)
+    module = network(torch.float64, normalised=True, seed=rank)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, nonfinite=nonfinite)
+    for failing, phase, at in glitches:
+        if failing == rank:
+            glitch(topology, phase, at)
+    losses, together = [], []
+    if topology.is_server:
+        optimizer.serve()
+    else:
+        for step in range(14):
+            inputs, targets = (
+                one.chunk(count - servers)[topology.replica].clone() for one in batch(step, torch.float64)
+            )
+            if step == 8 and topology.replica == 1:
+                inputs[0, 0] = torch.nan
+            losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
+            if step % 5 == 4:
+                optimizer.synchronise()
+                together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+        optimizer.synchronise()
+        optimizer.close()
+    raise Leave(
+        {
+            "losses": losses,
+            "together": together,
+            "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
+            "buffers": [buffer.clone() for buffer in module.buffers()],
+            "counts": (optimizer.skipped, optimizer.fallbacks, topology.steps),
+            "log": log.lines,
+        }
+    )
 
 
 def lossy(

@@ -68,9 +68,7 @@ def run_processes(
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _main(
-    folder: Path, rank: int, count: int, tcp: bool, case: Callable[..., Any], options: dict[str, Any]
-) -> None:
+def _main(folder: Path, rank: int, count: int, tcp: bool, case: Callable[..., Any], options: dict[str, Any]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     if rank < count:

@@ -82,6 +82,16 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_changes_none(tmp_path
     assert bool(torch.isfinite(results[0]["parameters"]).all())
 
 
+@pytest.mark.parametrize("servers", [0, 1], ids=["tree", "server"])
+def test_steps_that_are_not_finite_are_skipped_by_all_and_batch_norm_forgets_them(servers: int, tmp_path: Path) -> None:
+    options = {"normalised": True, "poisoned": (0, 5, 6), "nonfinite": "skip", "steps": 20}
+    results = run_processes(tmp_path, servers + 2, cases.train, servers=servers, **options)[servers:]
+    alone = cases.train(None, 2, **options)
+    cases.check_parity(results, alone, 1e-10)
+    assert [result["skipped"] for result in (*results, alone)] == [3, 3, 3]
+    assert all(bool(buffer.isfinite().all()) for buffer in alone["buffers"])
+
+
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_a_lost_process_is_named_in_time(how: str, tmp_path: Path) -> None:
     results = run_processes(tmp_path, 3, cases.failing, lost=(1,), how=how, timeout=4.0)

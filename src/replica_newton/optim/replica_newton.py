@@ -2,29 +2,26 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
-from replica_newton.spread import LocalStep, Spread, regrouped
-from replica_newton.topology import Simulated, Topology, TopologyError
+from replica_newton.optim.calls import Calls, Nonfinite, flat, size, write
+from replica_newton.spread import LocalStep, Spread
+from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
-Nonfinite = Literal["stop", "skip"]
-MAX_SKIPPED_IN_A_ROW = 20
-_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE, _SERVE = range(5)
 
 
-class ReplicaNewton(Optimizer):
+class ReplicaNewton(Calls):
     """Newton steps on the curvature that M data-parallel replicas see.
 
     The replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard of the batch;
@@ -96,33 +93,23 @@ class ReplicaNewton(Optimizer):
             raise ValueError(f"{damping=} must be finite and >= 0")
         if not 0.0 <= rtol < 1.0:
             raise ValueError(f"{rtol=} must be in [0, 1)")
-        if nonfinite not in get_args(Nonfinite):
-            raise ValueError(f"{nonfinite=} must be one of {', '.join(get_args(Nonfinite))}")
         self.rule = rule
-        self.topology: Topology = Simulated(1) if topology is None else topology
+        topology = Simulated(1) if topology is None else topology
         self.spread = LocalStep() if spread is None else spread
-        if self.topology.distributed and not isinstance(self.spread, LocalStep):
+        if topology.distributed and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
         self.secant_data = secant_data
         self.damping = damping
         self.rtol = rtol
         self.curvature: SecantCurvature | None = None
-        self.nonfinite = nonfinite
         self.fallbacks = 0
-        self.skipped = 0
-        self._skipped_in_a_row = 0
-        self._counted = (0, 0, 0)
-        self._outcome: Tensor | FloatingPointError | None = None
-        self._rows: list[int] | None = None
-        self._together = False
-        super().__init__(params, {"lr": lr, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "maximize": maximize}, topology, nonfinite)
         if self.topology.replicas == 1:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "nonfinite", "fallbacks", "skipped")
-        kept = {name: getattr(self, name) for name in (*own, "_skipped_in_a_row", "_counted", "_rows", "_together")}
-        return super().__getstate__() | kept | {"curvature": None, "_outcome": None}
+        own = ("rule", "spread", "secant_data", "damping", "rtol")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -168,114 +155,16 @@ class ReplicaNewton(Optimizer):
         """
         if closure is None and not self.topology.distributed:
             self._step_on_given_gradients()
+            self.topology.prepared(stepped=True)
             return None
-        self._call(_STEP if closure is not None else _STEP_ON_GIVEN, closure)
-        outcome, self._outcome = self._outcome, None
-        if isinstance(outcome, FloatingPointError):
-            raise outcome
-        return outcome if closure is not None else None
-
-    @torch.no_grad()
-    def serve(self) -> None:
-        """Take part in all that the workers do, until they call `close`: what a server of `ParameterServer` does.
-
-        Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
-        here.
-        """
-        while self._call(_SERVE) != _CLOSE:
-            if isinstance(self._outcome, FloatingPointError):
-                logger.warning("step given up: %s", self._outcome)
-
-    def close(self) -> None:
-        """Tell the servers that there are no more steps; nothing to do where there are none."""
-        try:
-            self._call(_CLOSE)
-        except TopologyError as error:
-            logger.warning("others have left before this process: %s", error)
-
-    def _call(self, call: int, closure: Callable[[], Tensor] | None = None) -> int:
-        """Make a call that all processes make, servers by what the first worker says; returns which it was."""
-        agreed = call
-
-        def attempt() -> bool:
-            nonlocal agreed
-            self._outcome, self._counted = None, self._counts()
-            agreed = self._announce(call)
-            if call not in {_SERVE, agreed}:
-                raise TopologyError("the first worker makes another call here: all workers must make the same")
-            if agreed == _SYNCHRONISE:
-                self._synchronise()
-            elif agreed != _CLOSE:
-                self._try_step((closure or _no_data) if agreed == _STEP else None)
-            return agreed in {_STEP, _STEP_ON_GIVEN}
-
-        self.topology.together(attempt, self._meet)
-        return agreed
-
-    def _try_step(self, closure: Callable[[], Tensor] | None) -> None:
-        """Take a step, or none where a loss or gradient is not finite; `_outcome` is the loss or the error."""
-        try:
-            self._take_step(closure)
-        except (FloatingPointError, TopologyError) as error:
-            restore = getattr(closure, "restore", None)
-            if restore is not None:
-                restore()
-            if isinstance(error, TopologyError):
-                raise
-            undo = partial(self._go_back, [], [], self._counted)
-            self._skipped_in_a_row += 1
-            if self.nonfinite == "stop" or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                self._outcome = error
-            else:
-                self.skipped += 1
-                logger.warning("step skipped: %s", error)
-            self.topology.agree_to_give_up(undo)
-
-    def _counts(self) -> tuple[int, int, int]:
-        return self.fallbacks, self.skipped, self._skipped_in_a_row
-
-    def _go_back(self, parameters: list[Tensor], states: list[dict[str, Any]], counts: tuple[int, int, int]) -> None:
-        """Undo a step that other processes cannot end."""
-        for parameter, state in zip(parameters, states, strict=True):
-            self.state[parameter] = state
-        self.fallbacks, self.skipped, self._skipped_in_a_row = counts
-
-    def _meet(self) -> None:
-        """After a change of members: all at the parameters that all share, and as many displacements as replicas."""
-        topology, parameters = self.topology, self._trained()
-        state = self.state[parameters[0]]
-        mine = ["shared" in state, state.get("step", -1), topology.steps, *self._counts()]
-        said = topology.said_by_server(torch.tensor(mine, dtype=torch.float64)).long().tolist()
-        settled, step, topology.steps, self.fallbacks, self.skipped, self._skipped_in_a_row = said
-        if not settled:
-            return
-        if "shared" not in state:
-            nothing = topology.part(_flat(parameters).to(working_dtype(*parameters)))
-            state |= {"shared": nothing, "displacements": nothing.new_zeros(topology.replicas, len(nothing))}
-        elif self._rows is not None:
-            state["displacements"] = regrouped(state["displacements"], self._rows, topology.workers)
-            self._rows = topology.workers
-        if step >= 0:
-            for parameter in parameters:
-                self.state[parameter]["step"] = step
-        self._write(parameters, topology.whole(state["shared"], _size(parameters)))
-        self._together = True
-
-    def _announce(self, call: int) -> int:
-        """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
-        rates = [float(group["lr"]) for group in self.param_groups]
-        message: list[float] = self.topology.agree(torch.tensor([call, *rates], dtype=torch.float64)).tolist()
-        if message[1:] != rates:
-            for group, rate in zip(self.param_groups, message[1:], strict=True):
-                group["lr"] = rate
-        return int(message[0])
+        return self._call_step(closure)
 
     def _take_step(self, closure: Callable[[], Tensor] | None) -> None:
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
         shared, W = self._stand(parameters)
-        points = self.topology.points(_flat(parameters), W)
+        points = self.topology.points(flat(parameters), W)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
         _, gradients = self._evaluate(closure or _given(parameters), parameters, points, "own")
         mean = gradients.mean(dim=0)
@@ -288,22 +177,6 @@ class ReplicaNewton(Optimizer):
         self._settle(
             parameters, shared - rates * direction, self.spread.displacements(gradients, rates, step), step + 1
         )
-
-    @torch.no_grad()
-    def synchronise(self) -> None:
-        """Put the module at the parameters that all replicas share, the same bits in every process.
-
-        Where replicas live in one process it stands there anyway. The next step moves them apart again.
-        """
-        if self.topology.distributed:
-            self._call(_SYNCHRONISE)
-
-    def _synchronise(self) -> None:
-        parameters = self._trained()
-        self.topology.prepared()
-        if "shared" in self.state[parameters[0]]:
-            self._write(parameters, self.topology.whole(self.state[parameters[0]]["shared"], _size(parameters)))
-            self._together = True
 
     def state_dict(self) -> dict[str, Any]:
         """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
@@ -329,30 +202,26 @@ class ReplicaNewton(Optimizer):
         self.fallbacks, self.skipped = counts.get("fallbacks", 0), counts.get("skipped", 0)
         self._together = True
 
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
     def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""
         topology, dtype = self.topology, working_dtype(*parameters)
         if not topology.distributed:
-            return _flat(parameters).to(dtype), self._displacements(parameters)
+            return flat(parameters).to(dtype), self._displacements(parameters)
         state = self.state[parameters[0]]
-        width = topology.part(_flat(parameters)).numel()
+        width = topology.part(flat(parameters)).numel()
         if tuple(state.get("displacements", torch.empty(0)).shape) != (topology.replicas, width):
             topology.spread_from_first(parameters, "first parameters")
-            shared = topology.part(_flat(parameters).to(dtype))
+            shared = topology.part(flat(parameters).to(dtype))
             return shared, shared.new_zeros(topology.replicas, width)
         shared, W = state["shared"], state["displacements"]
         if self._together:
-            self._write(parameters, topology.published(shared, W, _size(parameters)))
+            write(parameters, topology.published(shared, W, size(parameters)))
             self._together = False
         return shared, W
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
-        before = [dict(self.state[parameter]) for parameter in parameters]
-        undo = partial(self._go_back, parameters, before, self._counted)
+        self.topology.prepared(self._undo(parameters), stepped=True)
         if self.topology.distributed:
             self.state[parameters[0]] |= {"displacements": W, "shared": shared}
         else:
@@ -360,15 +229,14 @@ class ReplicaNewton(Optimizer):
         if step is not None:
             for parameter in parameters:
                 self.state[parameter]["step"] = step
-        self._skipped_in_a_row = 0
-        self._rows = self.topology.workers
-        self.topology.prepared(undo, stepped=True)
-        self._write(parameters, self.topology.published(shared, W, _size(parameters)))
+        self._settled()
+        write(parameters, self.topology.published(shared, W, size(parameters)))
 
     def _evaluate(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], points: Tensor, data: Data
     ) -> tuple[Tensor, Tensor]:
         """Losses `(M,)`, and columns `(M, n)` of the gradients of what is minimised: negated if a group maximizes."""
+        self._evaluated = True
         losses, rows = self.topology.gradients(closure, parameters, points, data)
         rows = rows.to(points.dtype)
         finite = torch.isfinite(losses) & torch.isfinite(rows.sum(dim=1))
@@ -449,13 +317,6 @@ class ReplicaNewton(Optimizer):
         )
         return self.topology.part(elements)
 
-    @staticmethod
-    def _write(parameters: list[Tensor], values: Tensor) -> None:
-        """`w ← values`, `(N,)`."""
-        pieces = torch.split(values, [p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.copy_(piece.reshape(parameter.shape))
-
     def _step_on_given_gradients(self) -> None:
         """SGD step on what is in `.grad`; parameters without gradient stay."""
         given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -472,19 +333,6 @@ def _check_group(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
-
-
-def _flat(parameters: list[Tensor]) -> Tensor:
-    return torch.cat([parameter.flatten() for parameter in parameters])
-
-
-def _size(parameters: list[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _no_data() -> Tensor:
-    """Closure of a process without a replica, which is never called."""
-    raise RuntimeError("a process without a replica has no data")
 
 
 def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -172,22 +173,29 @@ class ParameterServer(Processes):
             undo: takes back what the call has done.
             stepped: whether the call is a step.
         """
+        self._undo = partial(self._take_back, undo, self.steps)
         self.steps += stepped
-        self._undo = undo
         if self.is_server:
             self._calls = self._begun + 1
 
-    def agree_to_give_up(self, undo: Callable[[], None]) -> None:
-        """Make sure that all know that a step is given up before one goes on; see `Topology`.
+    def _take_back(self, undo: Callable[[], None] | None, steps: int) -> None:
+        self.steps = steps
+        if undo is not None:
+            undo()
+
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Give up a step when all know that it will be, and before one goes on; see `Topology`.
 
         Args:
-            undo: takes back what the call has done.
+            give_up: does so.
+            undo: takes that back.
         """
         if self._generations is None:
-            super().agree_to_give_up(undo)
+            super().agree_to_give_up(give_up, undo)
             return
         # Who has passed the second knows that all servers were prepared; who has come to it, that all know.
         self.total(torch.zeros(1, dtype=torch.float64))
+        give_up()
         self.prepared(undo, stepped=True)
         self.total(torch.zeros(1, dtype=torch.float64))
 

@@ -290,8 +290,9 @@ class Processes:
         """Count a step that will be taken, or has been given up; see `Topology`."""
         self.steps += stepped
 
-    def agree_to_give_up(self, undo: Callable[[], None]) -> None:
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
         """All know that the step is given up; see `Topology`."""
+        give_up()
         self.prepared(undo, stepped=True)
 
     def said_by_server(self, message: Tensor) -> Tensor:

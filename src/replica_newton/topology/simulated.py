@@ -164,8 +164,9 @@ class Simulated:
         """Count a step that will be taken, or has been given up; see `Topology`."""
         self.steps += stepped
 
-    def agree_to_give_up(self, undo: Callable[[], None]) -> None:
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
         """Count the step; see `Topology`."""
+        give_up()
         self.prepared(undo, stepped=True)
 
     def evaluate(

@@ -95,6 +95,6 @@ class Topology(Protocol):
         """
         ...
 
-    def agree_to_give_up(self, undo: Callable[[], None]) -> None:
-        """Make sure that all know that a step is given up before one goes on; `undo` takes it back."""
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Give up a step when all know that it will be, and before one goes on; `undo` takes that back."""
         ...
