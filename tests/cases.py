@@ -3,19 +3,14 @@
 import copy
 import itertools
 import math
-import os
-import signal
-import time
 from typing import Any
 
 import pytest
 import torch
-from processes import Leave
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton import ParameterServer, RandomDirections, ReplicaNewton, Simulated, TreeReduction
-from replica_newton.topology import TopologyError
 
 BATCH = 48
 CLASSES = 4
@@ -205,32 +200,6 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
     optimizer.synchronise()
     optimizer.close()
     return {"said": said, "unchanged": unchanged, "parameters": nn.utils.parameters_to_vector(module.parameters())}
-
-
-def failing(rank: int, count: int, *, how: str, timeout: float, servers: int = 0) -> None:
-    """The second worker fails in the third step: what the others say, and after how many seconds."""
-    module = network(torch.float64)
-    topology = ParameterServer(servers, timeout=timeout) if servers else TreeReduction(timeout=timeout)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
-    if not topology.is_worker:
-        begun = time.monotonic()
-        try:
-            optimizer.serve()
-        except TopologyError as error:
-            raise Leave((str(error), time.monotonic() - begun)) from error
-    rank, count = rank - servers, count - servers
-    for step in range(5):
-        inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
-        if step == 2 and rank == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1.5 if how == "late" else 3600.0)
-        begun = time.monotonic()
-        try:
-            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
-        except TopologyError as error:
-            raise Leave((str(error), time.monotonic() - begun)) from error
-    optimizer.close()
 
 
 REFUSALS = [

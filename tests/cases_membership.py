@@ -36,7 +36,7 @@ class Lines(logging.Handler):
 def fail(how: str) -> None:
     """End, stop or hang this process, or hold it up."""
     if how == "late":
-        time.sleep(1.5)
+        time.sleep(3.0)
     elif how == "hung":
         time.sleep(3600.0)
     elif how == "error":
@@ -130,13 +130,13 @@ def lossy(
     folder: Path,
     servers: int = 1,
     steps: int = 12,
-    lost_rank: int = -1,
+    failing: dict[int, str] | None = None,
     phase: str = "before columns",
-    how: str = "killed",
     at: int = 4,
     timeout: float = 20.0,
     newcomer: bool = False,
     wakes: int | None = None,
+    cut_off: bool = False,
     tree: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -153,9 +153,14 @@ def lossy(
         topology = ParameterServer(servers, timeout=timeout, **options)
     module = network(torch.float64, normalised=True, seed=rank)
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
-    if rank == lost_rank:
-        fail_at(topology, phase, at, how)
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    if failing and rank in failing:
+        fail_at(topology, phase, at, failing[rank])
+        (folder / failing[rank]).write_text(str(os.getpid()))
+    if cut_off:
+        # Whatever the main thread asks of a store from here on is an error.
+        topology._all._watch.store = None
+        if not tree:
+            topology._generations._store = None
     losses, replicas = [], []
     try:
         if not tree and topology.is_server:
@@ -170,7 +175,7 @@ def lossy(
                 losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
                 replicas.append(topology.replicas)
                 if rank == wakes and topology.steps == at + 3:
-                    os.kill(int((folder / f"pid-{lost_rank}").read_text()), signal.SIGCONT)
+                    os.kill(int((folder / "stopped").read_text()), signal.SIGCONT)
                     time.sleep(0.5)
                 if until == 10_000 and replicas[-2:-1] < replicas[-1:] and step > at:
                     until = topology.steps + 6

@@ -25,9 +25,8 @@ def check_survivors(results: list[dict], steps: int) -> None:
     ["before gradients", "before columns", "after columns", "before published", "after published", "before agree"],
 )
 def test_training_goes_on_without_a_worker_that_is_killed(phase: str, tmp_path: Path) -> None:
-    lost = 3
     results = run_processes(
-        tmp_path, 2 + WORKERS, cases.lossy, lost=(lost,), folder=tmp_path, servers=2, lost_rank=lost, phase=phase
+        tmp_path, 2 + WORKERS, cases.lossy, lost=(3,), folder=tmp_path, servers=2, failing={3: "killed"}, phase=phase
     )
     left = [results[2], results[4]]
     check_survivors(left, 12)
@@ -46,7 +45,7 @@ def test_a_fresh_process_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> 
         tcp=True,
         folder=tmp_path,
         servers=2,
-        lost_rank=4,
+        failing={4: "killed"},
         newcomer=True,
     )
     left = [results[2], results[3], results[5]]
@@ -62,34 +61,27 @@ def test_a_fresh_process_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> 
 
 
 def test_a_worker_that_is_stopped_is_dropped_when_time_is_out_and_told_to_rejoin(tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 4, cases.lossy, folder=tmp_path, lost_rank=2, how="stopped", timeout=3.0, wakes=1)
+    results = run_processes(tmp_path, 4, cases.lossy, folder=tmp_path, failing={2: "stopped"}, timeout=3.0, wakes=1)
     check_survivors([results[1], results[3]], 12)
     assert results[2]["said"] == "rank 2 was not heard of in time and has been dropped: rejoin with a new process"
 
 
 @pytest.mark.parametrize(("how", "timeout"), [("hung", 3.0), ("error", 20.0)])
 def test_a_worker_that_hangs_or_leaves_is_dropped(how: str, timeout: float, tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, lost_rank=1, how=how, timeout=timeout)
+    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, failing={1: how}, timeout=timeout)
     check_survivors([results[2], results[3]], 12)
 
 
 def test_the_last_worker_goes_on_as_sgd(tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 3, cases.lossy, lost=(1,), folder=tmp_path, lost_rank=1)
+    results = run_processes(tmp_path, 3, cases.lossy, lost=(1,), folder=tmp_path, failing={1: "killed"})
     check_survivors([results[2]], 12)
     assert "which has no curvature: steps are those of SGD" in " ".join(results[2]["log"])
 
 
 def test_without_a_server_the_run_ends_for_all(tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, servers=2, lost_rank=1)
+    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, servers=2, failing={1: "killed"})
     for rank in (0, 2, 3):
         assert "server 1 is lost, and its columns with it: resume from a checkpoint" in results[rank]["said"]
-
-
-def test_on_request_a_lost_worker_ends_the_run(tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 3, cases.lossy, lost=(2,), folder=tmp_path, lost_rank=2, on_lost="stop")
-    for rank in (0, 1):
-        assert "missing: rank 2 (" in results[rank]["said"]
-        assert results[rank]["seconds"] < 60.0
 
 
 # By rank (two servers, two workers), where, and after how many calls: the sixth and the twelfth synchronise, the tenth

@@ -92,21 +92,6 @@ def test_steps_that_are_not_finite_are_skipped_by_all_and_batch_norm_forgets_the
     assert all(bool(buffer.isfinite().all()) for buffer in alone["buffers"])
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
-def test_a_lost_process_is_named_in_time(how: str, tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 3, cases.failing, lost=(1,), how=how, timeout=4.0)
-    assert results[1] is None
-    for rank in (0, 2):
-        said, seconds = results[rank]
-        assert said.startswith(("gradients: failed after", "inner products: failed after"))
-        assert "missing: rank 1 " in said
-        assert seconds < 30.0
-
-
-def test_a_late_process_is_waited_for(tmp_path: Path) -> None:
-    assert run_processes(tmp_path, 3, cases.failing, how="late", timeout=20.0) == [None] * 3
-
-
 def test_without_a_process_group_there_is_no_tree() -> None:
     with pytest.raises(RuntimeError, match="must be initialised first"):
         TreeReduction()

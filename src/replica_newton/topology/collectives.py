@@ -16,7 +16,7 @@ from replica_newton.topology.watch import MembersLost, TopologyError, Watch
 
 Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
 
-_SLICE = 0.2
+_SLICE = 0.1
 """Seconds between two looks, while waiting, whether somebody else has noticed that a process is lost."""
 
 

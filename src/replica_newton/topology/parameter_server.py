@@ -35,14 +35,25 @@ class ParameterServer(Processes):
             ...                     # train as with any topology
             optimizer.close()
 
+    A worker that is lost is dropped, with a line in the log, and training goes on; another may `join`. A step that was
+    under way is ended by all or made again (see `Generations`). `steps`, `replicas` and `replica` then change when
+    `optimizer.step` returns: take them anew for every batch. A server that is lost ends the run.
+
     Args:
         servers: S >= 1, the first ranks of the group.
         process_group: of `torch.distributed`, initialised by the caller; None for all processes.
         timeout: seconds that a collective may take.
+        on_lost: "drop" goes on without a lost worker, over gloo; "stop" ends the run for all.
+
+    Attributes:
+        replicas: M, the number of workers now.
+        rank: of this process in the group; a newcomer's is the next free one.
+        steps: steps asked for so far by the whole run, taken or given up; a newcomer has that of the others.
+        elements_sent: elements that this process has sent to others, by phase.
 
     Raises:
         RuntimeError: if `torch.distributed` is not initialised.
-        ValueError: if there are too few processes for so many servers and a worker, or `timeout` is not positive.
+        ValueError: if there are too few processes for so many servers and a worker, or an option is out of range.
 
     Source:
         Arnold and Wang (2017), arXiv 1709.05069; Li et al. (2014), Scaling distributed machine learning with the

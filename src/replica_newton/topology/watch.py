@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_POLL = 0.2
+_POLL = 0.1
 """Seconds between two looks of the background thread into the store."""
 _PAUSE = 0.05
 """Seconds between two looks of one who waits for an answer."""
