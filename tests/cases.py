@@ -2,19 +2,15 @@
 
 import copy
 import itertools
-import os
-import signal
-import time
+import math
 from typing import Any
 
 import pytest
 import torch
-from processes import Leave
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton import ParameterServer, RandomDirections, ReplicaNewton, Simulated, TreeReduction
-from replica_newton.topology import TopologyError
 
 BATCH = 48
 CLASSES = 4
@@ -60,6 +56,7 @@ def train(
     servers: int = 0,
     lr: float = 0.05,
     decay: float = 1.0,
+    poisoned: tuple[int, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
@@ -77,6 +74,8 @@ def train(
     losses, eigenvalues, together = [], [], []
     for step in range(steps):
         inputs, targets = batch(step, dtype)
+        if step in poisoned:
+            inputs[-1, 0] = torch.nan
         if rank is not None:
             workers, worker = count - servers, rank - servers
             inputs, targets = inputs.chunk(workers)[worker], targets.chunk(workers)[worker]
@@ -88,7 +87,11 @@ def train(
                 loss.backward()
                 return loss
 
-        losses.append(float(optimizer.step(closure)))
+        loss = float(optimizer.step(closure))
+        if step in poisoned:
+            assert not math.isfinite(loss)
+        else:
+            losses.append(loss)
         # By one alone: what is M-sized must not need the others.
         if optimizer.curvature is not None and rank in {None, servers}:
             eigenvalues.append(optimizer.curvature.eigenvalues)
@@ -106,6 +109,7 @@ def train(
         "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
         "buffers": [buffer.clone() for buffer in module.buffers()],
         "fallbacks": optimizer.fallbacks,
+        "skipped": optimizer.skipped,
         "sent": dict(topology.elements_sent) if rank is not None else {},
         "state": state_size(optimizer),
     }
@@ -196,32 +200,6 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
     optimizer.synchronise()
     optimizer.close()
     return {"said": said, "unchanged": unchanged, "parameters": nn.utils.parameters_to_vector(module.parameters())}
-
-
-def failing(rank: int, count: int, *, how: str, timeout: float, servers: int = 0) -> None:
-    """The second worker fails in the third step: what the others say, and after how many seconds."""
-    module = network(torch.float64)
-    topology = ParameterServer(servers, timeout=timeout) if servers else TreeReduction(timeout=timeout)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
-    if not topology.is_worker:
-        begun = time.monotonic()
-        try:
-            optimizer.serve()
-        except TopologyError as error:
-            raise Leave((str(error), time.monotonic() - begun)) from error
-    rank, count = rank - servers, count - servers
-    for step in range(5):
-        inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
-        if step == 2 and rank == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1.5 if how == "late" else 3600.0)
-        begun = time.monotonic()
-        try:
-            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
-        except TopologyError as error:
-            raise Leave((str(error), time.monotonic() - begun)) from error
-    optimizer.close()
 
 
 REFUSALS = [

@@ -23,6 +23,8 @@ def run_processes(
     /,
     *,
     lost: tuple[int, ...] = (),
+    newcomers: int = 0,
+    tcp: bool = False,
     limit: float = 150.0,
     **options: Any,
 ) -> list[Any]:
@@ -33,6 +35,8 @@ def run_processes(
         count: number of processes.
         case: importable function.
         lost: ranks that fail on purpose; what is left of them is killed when all others have ended.
+        newcomers: processes beyond these, of higher ranks, which are not in their group.
+        tcp: whether they meet at a TCP store, kept by rank 0, rather than in a file.
         limit: seconds after which what still runs is killed, and the test fails.
         options: of the case.
 
@@ -45,11 +49,12 @@ def run_processes(
     # One server imports torch once; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "torch.distributed", "replica_newton"])
-    processes = [context.Process(target=_main, args=(folder, rank, count, case, options)) for rank in range(count)]
+    ranks = range(count + newcomers)
+    processes = [context.Process(target=_main, args=(folder, rank, count, tcp, case, options)) for rank in ranks]
     for process in processes:
         process.start()
     until = time.monotonic() + limit
-    sound = [rank for rank in range(count) if rank not in lost]
+    sound = [rank for rank in ranks if rank not in lost]
     for rank in sound:
         processes[rank].join(max(until - time.monotonic(), 0.1))
     hung = [rank for rank in sound if processes[rank].is_alive()]
@@ -59,16 +64,17 @@ def run_processes(
     assert not hung, f"ranks {hung} were still running after {limit} s"
     failed = {rank: processes[rank].exitcode for rank in sound if processes[rank].exitcode}
     assert not failed, f"exit codes by rank: {failed}"
-    files = [folder / f"{rank}.pt" for rank in range(count)]
+    files = [folder / f"{rank}.pt" for rank in ranks]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _main(folder: Path, rank: int, count: int, case: Callable[..., Any], options: dict[str, Any]) -> None:
+def _main(folder: Path, rank: int, count: int, tcp: bool, case: Callable[..., Any], options: dict[str, Any]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=timedelta(seconds=60)
-    )
+    if rank < count:
+        store = meeting(folder, count, keeps=rank == 0) if tcp else dist.FileStore(str(folder / "meeting"), count)
+        limit = timedelta(seconds=60)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
     try:
         result = case(rank, count, **options)
     except Leave as leave:
@@ -78,3 +84,16 @@ def _main(folder: Path, rank: int, count: int, case: Callable[..., Any], options
     # A process that leaves while others still talk to it would be their error.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def meeting(folder: Path, count: int, *, keeps: bool = False) -> dist.TCPStore:
+    """The TCP store of `run_processes`; one process keeps it."""
+    file = folder / "port"
+    if keeps:
+        store = dist.TCPStore("localhost", 0, count, is_master=True, wait_for_workers=False)
+        (folder / "port.part").write_text(str(store.port))
+        (folder / "port.part").rename(file)
+        return store
+    while not file.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("localhost", int(file.read_text()), count, is_master=False, wait_for_workers=False)

@@ -10,7 +10,7 @@ from reference import normal
 from torch import Tensor
 
 from replica_newton import LocalStep, RandomDirections
-from replica_newton.spread import Spread
+from replica_newton.spread import Spread, regrouped
 
 SPREADS = pytest.mark.parametrize(
     "build",
@@ -156,3 +156,13 @@ def test_random_directions_do_not_know_the_gradients():
 def test_the_radius_must_be_positive_and_finite(radius: float):
     with pytest.raises(ValueError, match=rf"radius={radius} must be positive and finite"):
         RandomDirections(radius=radius)
+
+
+def test_displacements_follow_the_replicas_that_go_and_come():
+    rows = torch.tensor([[3.0, 0.0], [0.0, 6.0], [-3.0, -6.0]])
+    assert regrouped(rows, [2, 3, 4], [2, 3, 4]) is rows
+    # Row 3 goes: the mean of the others is (0, -3). Row 5 comes and starts at the shared parameters.
+    expected = torch.tensor([[3.0, 3.0], [-3.0, -3.0], [0.0, 0.0]])
+    assert torch.equal(regrouped(rows, [2, 3, 4], [2, 4, 5]), expected)
+    assert torch.equal(regrouped(rows, [2, 3, 4], [4]), torch.zeros(1, 2))
+    assert torch.equal(regrouped(rows, [2, 3, 4], [7, 8]), torch.zeros(2, 2))

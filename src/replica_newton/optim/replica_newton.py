@@ -6,15 +6,16 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
+from replica_newton.optim.calls import Calls, Nonfinite, flat
 from replica_newton.optim.evaluation import Evaluation
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
-from replica_newton.topology.buckets import local, write
+from replica_newton.topology.buckets import local
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,9 @@ logger = logging.getLogger(__name__)
 Rule = Literal["paper", "saddle-free"]
 _CLIP_EPSILON = 1e-6
 """Added to the norm by `torch.nn.utils.clip_grad_norm_`."""
-_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
 
 
-class ReplicaNewton(Optimizer):
+class ReplicaNewton(Calls):
     """Newton steps on the curvature that M data-parallel replicas see.
 
     The replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard of the batch;
@@ -61,10 +61,14 @@ class ReplicaNewton(Optimizer):
             shortened alike. The secants are not: they compare the gradients as they are, or their curvature would be
             that of no function. None clips nothing.
         maximize: ascend instead of descend; everything is then that of the negated loss.
+        nonfinite: what a step does whose loss or gradient is not finite in any replica. "stop" raises
+            `FloatingPointError`, "skip" goes on to the next step, and raises it only when more than 20 in a row come to
+            nothing. With a closure from `topology.closure` batch-norm statistics are then as before the step, too.
 
     Attributes:
         curvature: `SecantCurvature` of the last step, None where there was none.
         fallbacks: steps that were replaced by the SGD step because they did not descend.
+        skipped: steps that were skipped because a loss or gradient was not finite.
 
     Raises:
         ValueError: if an option is out of range.
@@ -86,6 +90,7 @@ class ReplicaNewton(Optimizer):
         rtol: float = DEFAULT_RTOL,
         max_norm: float | None = None,
         maximize: bool = False,
+        nonfinite: Nonfinite = "stop",
     ) -> None:
         if not 0.0 <= float(lr) < float("inf"):
             raise ValueError(f"{lr=} must be finite and >= 0")
@@ -100,9 +105,9 @@ class ReplicaNewton(Optimizer):
         if max_norm is not None and not 0.0 < max_norm < float("inf"):
             raise ValueError(f"{max_norm=} must be positive and finite")
         self.rule = rule
-        self.topology: Topology = Simulated(1) if topology is None else topology
+        topology = Simulated(1) if topology is None else topology
         self.spread = LocalStep() if spread is None else spread
-        if self.topology.distributed and not isinstance(self.spread, LocalStep):
+        if topology.distributed and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
         self.secant_data = secant_data
         self.damping = damping
@@ -110,13 +115,12 @@ class ReplicaNewton(Optimizer):
         self.max_norm = max_norm
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
-        self._together = False
-        super().__init__(params, {"lr": lr, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "maximize": maximize}, topology, nonfinite)
         if self.topology.replicas == 1:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "topology", "spread", "secant_data", "damping", "rtol", "max_norm", "fallbacks", "_together")
+        own = ("rule", "spread", "secant_data", "damping", "rtol", "max_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -164,40 +168,11 @@ class ReplicaNewton(Optimizer):
         """
         if closure is None and not self.topology.distributed:
             self._step_on_given_gradients()
+            self.topology.prepared(stepped=True)
             return None
-        self._announce(_STEP if closure is not None else _STEP_ON_GIVEN)
-        return self._take_step(closure)
+        return self._call_step(closure)
 
-    @torch.no_grad()
-    def serve(self) -> None:
-        """Take part in all that the workers do, until they call `close`: what a server of `ParameterServer` does.
-
-        Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
-        here.
-        """
-        while (call := self._announce(_CLOSE)) != _CLOSE:
-            try:
-                if call == _SYNCHRONISE:
-                    self._synchronise()
-                else:
-                    self._take_step(_no_data if call == _STEP else None)
-            except FloatingPointError as error:
-                logger.warning("step given up: %s", error)
-
-    def close(self) -> None:
-        """Tell the servers that there are no more steps; nothing to do where there are none."""
-        self._announce(_CLOSE)
-
-    def _announce(self, call: int) -> int:
-        """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
-        rates = [float(group["lr"]) for group in self.param_groups]
-        message: list[float] = self.topology.agree(torch.tensor([call, *rates], dtype=torch.float64)).tolist()
-        if message[1:] != rates:
-            for group, rate in zip(self.param_groups, message[1:], strict=True):
-                group["lr"] = rate
-        return int(message[0])
-
-    def _take_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
+    def _take_step(self, closure: Callable[[], Tensor] | None) -> None:
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
@@ -208,36 +183,23 @@ class ReplicaNewton(Optimizer):
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
         evaluation.settle()
+        self._outcome = evaluation.losses.mean().to(shared)
         mean = evaluation.mean
         if self.max_norm is not None:
             # Shorter rates are shorter gradients for all but the secants.
             rates = rates * min(1.0, self.max_norm / (evaluation.norm + _CLIP_EPSILON))
         if closure is None:
             self._settle(parameters, shared - rates * mean, W)
-            return None
+            return
         step = self.state[parameters[0]].get("step", 0)
         shared = shared - rates * self._direction(mean, rates)
         W = self.spread.displacements(evaluation.gradients, rates, step)
-        loss = evaluation.losses.mean().to(shared)
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
-        return loss
 
-    @torch.no_grad()
-    def synchronise(self) -> None:
-        """Put the module at the parameters that all replicas share, the same bits in every process.
-
-        Where replicas live in one process it stands there anyway. The next step moves them apart again.
-        """
-        if self.topology.distributed:
-            self._announce(_SYNCHRONISE)
-            self._synchronise()
-
-    def _synchronise(self) -> None:
-        parameters = self._trained()
-        if "shared" in self.state[parameters[0]]:
-            write(parameters, self.topology.whole(self.state[parameters[0]]["shared"]))
-            self._together = True
+    def state_dict(self) -> dict[str, Any]:
+        """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
+        return super().state_dict() | {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; displacements keep their precision where parameters have less.
@@ -254,22 +216,22 @@ class ReplicaNewton(Optimizer):
             saved = state_dict["state"].get(index, {})
             for name in {"displacements", "shared"} & saved.keys():
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+        # States of before version 0.1 have none.
+        counts = state_dict.get("counts", {})
+        self.fallbacks, self.skipped = counts.get("fallbacks", 0), counts.get("skipped", 0)
         self._together = True
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""
         topology, dtype = self.topology, working_dtype(*parameters)
         buckets = topology.lay_out(parameters)
         if not topology.distributed:
-            return _flat(parameters).to(dtype), self._displacements(parameters)
+            return flat(parameters).to(dtype), self._displacements(parameters)
         state = self.state[parameters[0]]
         parted = "displacements" in state and len(state["displacements"]) == topology.replicas
         if not parted or state.get("buckets", buckets) != buckets:
             topology.spread_from_first([local(parameter) for parameter in parameters], "first parameters")
-            shared = topology.part(_flat(parameters).to(dtype))
+            shared = topology.part(flat(parameters).to(dtype))
             return shared, shared.new_zeros(topology.replicas, len(shared))
         shared, W = state["shared"], state["displacements"]
         if self._together:
@@ -279,18 +241,21 @@ class ReplicaNewton(Optimizer):
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
+        self.topology.prepared(self._undo(parameters), stepped=True)
         if self.topology.distributed:
             buckets = self.topology.lay_out(parameters)
             self.state[parameters[0]] |= {"displacements": W, "shared": shared, "buckets": buckets}
         else:
             self._part(parameters, W)
-        self.topology.place(parameters, shared, W)
         if step is not None:
             for parameter in parameters:
                 self.state[parameter]["step"] = step
+        self._settled()
+        self.topology.place(parameters, shared, W)
 
     def _evaluate(self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, data: Data) -> Evaluation:
         """Losses and gradients of what is minimised: negated if a group maximizes."""
+        self._evaluated = True
         losses, gradients = self.topology.gradients(closure, parameters, W, data)
         gradients = gradients.to(W.dtype)
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
@@ -390,15 +355,6 @@ def _check_group(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
-
-
-def _flat(parameters: list[Tensor]) -> Tensor:
-    return torch.cat([local(parameter).flatten() for parameter in parameters])
-
-
-def _no_data() -> Tensor:
-    """Closure of a process without a replica, which is never called."""
-    raise RuntimeError("a process without a replica has no data")
 
 
 def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:

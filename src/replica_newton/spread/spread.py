@@ -1,5 +1,6 @@
 """Spreads: where the replicas stand apart from the parameters they share."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,6 +22,30 @@ class Spread(Protocol):
             `(M, N)`, rows that sum to zero.
         """
         ...
+
+
+def regrouped(displacements: Tensor, before: Sequence[int], now: Sequence[int]) -> Tensor:
+    """Displacements after replicas have gone or come.
+
+    Those that stay keep theirs, up to a shift that makes them sum to zero again; newcomers start at the parameters that
+    all share.
+
+    Args:
+        displacements: `(M, n)`, rows that sum to zero.
+        before: M names of the replicas.
+        now: M' names of those that there are now.
+
+    Returns:
+        `(M', n)`, rows that sum to zero.
+    """
+    if list(now) == list(before):
+        return displacements
+    stay = [name for name in now if name in before]
+    rows = displacements.new_zeros(len(now), displacements.shape[1])
+    if stay:
+        kept = displacements[[before.index(name) for name in stay]]
+        rows[[now.index(name) for name in stay]] = kept - kept.mean(dim=0)
+    return rows
 
 
 class LocalStep:

@@ -5,18 +5,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, BroadcastOptions
 
-_LAST_WORDS = 2.0
-"""Seconds in which those that still run can say so, after a collective has failed."""
+from replica_newton.topology.watch import MembersLost, TopologyError, Watch
 
+Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
 
-class TopologyError(RuntimeError):
-    """A collective failed or timed out; the message names the phase and the ranks that are missing."""
+_SLICE = 0.1
+"""Seconds between two looks, while waiting, whether somebody else has noticed that a process is lost."""
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -42,9 +43,12 @@ class Collectives:
     Every one carries the name of its phase, which an error repeats and by which what is sent is counted.
 
     Args:
-        group: of `torch.distributed`; None for all processes.
+        group: of `torch.distributed`, or a gloo group made without it.
         timeout: seconds that a collective may take.
         elements_sent: where elements sent to others are counted, by phase.
+        watch: finds out who is missing when one fails.
+        form: makes the group of some ranks, ascending, of this one, called by these alone.
+        going_on: whether those that are left can go on when processes are lost.
 
     Attributes:
         group: as given.
@@ -52,12 +56,50 @@ class Collectives:
         size: number of processes in the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float, elements_sent: Counter[str]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        timeout: float,
+        elements_sent: Counter[str],
+        watch: Watch,
+        form: Callable[[Sequence[int]], Group],
+        *,
+        going_on: bool = False,
+    ) -> None:
         self.group = group
         self.timeout = timeout
         self.elements_sent = elements_sent
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank = group.rank()
+        self.size = group.size()
+        self._watch = watch
+        self._form = form
+        self._going_on = going_on
+        backend = group.name() if isinstance(group, dist.ProcessGroupGloo) else dist.get_backend(group)
+        self._on_device = backend == "nccl"
+        # Only gloo can be asked again after a wait that was too short.
+        self._slice = _SLICE if backend == "gloo" else timeout
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup | None, timeout: float, elements_sent: Counter[str]) -> "Collectives":
+        """The collectives of a group of `torch.distributed`.
+
+        Args:
+            process_group: None for all processes.
+            timeout: seconds that a collective may take.
+            elements_sent: where elements sent to others are counted, by phase.
+
+        Returns:
+            The collectives.
+        """
+        group = process_group or dist.distributed_c10d._get_default_group()
+        watch = Watch(meeting_point(group), group.rank(), range(group.size()), timeout)
+
+        def form(ranks: Sequence[int]) -> dist.ProcessGroup:
+            globally = dist.get_process_group_ranks(group)
+            made: dist.ProcessGroup = dist.new_group([globally[rank] for rank in ranks], use_local_synchronization=True)
+            return made
+
+        return cls(group, timeout, elements_sent, watch, form)
 
     def among(self, ranks: Sequence[int]) -> "Collectives":
         """The collectives of some of the processes; called by these alone.
@@ -70,9 +112,10 @@ class Collectives:
         """
         if len(ranks) == self.size:
             return self
-        globally = dist.get_process_group_ranks(self.group)
-        group = dist.new_group([globally[rank] for rank in ranks], use_local_synchronization=True)
-        return Collectives(group, self.timeout, self.elements_sent)
+        return self._like(self._form(ranks))
+
+    def _like(self, group: Group) -> "Collectives":
+        return Collectives(group, self.timeout, self.elements_sent, self._watch, self._form, going_on=self._going_on)
 
     def beside(self) -> "Collectives":
         """Collectives of the same processes in an order of their own: they never wait for those of this group.
@@ -80,8 +123,7 @@ class Collectives:
         Returns:
             Collectives with the same time-out and count.
         """
-        group = dist.new_group(dist.get_process_group_ranks(self.group), use_local_synchronization=True)
-        return Collectives(group, self.timeout, self.elements_sent)
+        return self._like(self._form(range(self.size)))
 
     def broadcast(self, tensors: Sequence[Tensor], source: int, phase: str) -> None:
         """Overwrite tensors with those of one process.
@@ -93,35 +135,12 @@ class Collectives:
         """
         for tensor in tensors:
             buffer = tensor.detach().contiguous()
-            self._run(phase, partial(dist.broadcast, buffer, group_src=source, group=self.group, async_op=True))
+            options = BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            self._run(phase, partial(self.group.broadcast, [buffer], options))
             self.elements_sent[phase] += buffer.numel() if self.rank == source else 0
             with torch.no_grad():
                 tensor.copy_(buffer)
-
-    def exchange(
-        self, sent: Tensor, senders: Sequence[int], receivers: Sequence[int], width: int, phase: str
-    ) -> Tensor:
-        """All-to-all of `width` elements from every sender to every receiver.
-
-        Args:
-            sent: `(receivers, width)`; anything where nothing is sent.
-            senders: their ranks, ascending.
-            receivers: their ranks, ascending.
-            width: elements from one to one.
-            phase: what an error calls it.
-
-        Returns:
-            `(senders, width)` for a receiver, `(senders, 0)` for others.
-        """
-        sends, receives = self.rank in senders, self.rank in receivers
-        outgoing = [width if sends and rank in receivers else 0 for rank in range(self.size)]
-        incoming = [width if receives and rank in senders else 0 for rank in range(self.size)]
-        received = sent.new_empty(sum(incoming))
-        flat = sent.reshape(-1) if sends else sent.new_empty(0)
-        start = partial(dist.all_to_all_single, received, flat, incoming, outgoing, group=self.group, async_op=True)
-        self._run(phase, start)
-        self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
-        return received.reshape(len(senders), -1)
 
     def start_exchange(
         self, sent: Tensor, senders: Sequence[int], receivers: Sequence[int], width: int, phase: str
@@ -144,7 +163,7 @@ class Collectives:
         received = sent.new_empty(sum(incoming))
         flat = sent.reshape(-1) if sends else sent.new_empty(0)
         self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
-        start = partial(dist.all_to_all_single, received, flat, incoming, outgoing, group=self.group, async_op=True)
+        start = partial(self.group.alltoall_base, received, flat, incoming, outgoing, AllToAllOptions())
         begun: Callable[[], Any]
         try:
             work = start()
@@ -168,32 +187,67 @@ class Collectives:
         Returns:
             The sum.
         """
-        on_device = sums.cuda() if dist.get_backend(self.group) == "nccl" else sums.clone()
-        self._run(phase, partial(dist.all_reduce, on_device, group=self.group, async_op=True))
+        on_device = sums.cuda() if self._on_device else sums.clone()
+        self._run(phase, partial(self.group.allreduce, [on_device], AllreduceOptions()))
         self.elements_sent[phase] += 2 * sums.numel() * (self.size - 1) // self.size
         return on_device.to(sums.device)
 
     def _run(self, phase: str, start: Callable[[], Any]) -> None:
         """One collective, in time."""
         begun = time.monotonic()
+        self._watch.phase = phase
         try:
-            start().wait(timedelta(seconds=self.timeout))
+            self._wait(start(), begun + self.timeout)
         except RuntimeError as error:
             took = time.monotonic() - begun
-            raise TopologyError(f"{phase}: failed after {took:.1f} s, {self._missing()} ({_line(error)})") from error
+            raise self._failure(phase, took, error) from error
+        finally:
+            self._watch.phase = ""
 
-    def _missing(self) -> str:
-        """Which ranks do not say within two seconds that a collective has failed for them too."""
+    def _wait(self, work: Any, until: float) -> None:
+        """Wait for a collective, and look up now and then, since others may know that it will never end."""
+        while True:
+            left = max(until - time.monotonic(), 0.001)
+            try:
+                work.wait(timedelta(seconds=min(self._slice, left)))
+            except RuntimeError:
+                if work.is_completed():
+                    # It has failed, or ended while it was given up.
+                    work.wait(timedelta(seconds=self._slice))
+                    return
+                if time.monotonic() >= until:
+                    raise
+                if self._watch.alarmed >= self._watch.generation:
+                    raise RuntimeError("another process has noticed it") from None
+            else:
+                return
+
+    def _failure(self, phase: str, took: float, error: RuntimeError) -> TopologyError:
+        watch, line = self._watch, str(error).partition("\n")[0][:160]
+        failed = f"{phase}: failed after {took:.1f} s"
         try:
-            store = dist.distributed_c10d._get_default_store()
-            name = "replica-newton/failed"
-            store.set(f"{name}/{self.rank}", "here")
-            time.sleep(_LAST_WORDS)
-            missing = [rank for rank in range(self.size) if not store.check([f"{name}/{rank}"])]
-        except RuntimeError:
-            return "and the process that keeps the store is gone"
-        return f"missing: rank {', '.join(map(str, missing))}" if missing else "though all ranks are there"
+            verdict = watch.in_time(lambda: watch.verdict(phase, timed_out=took >= self.timeout))
+        except TopologyError as gone:
+            return TopologyError(f"{failed}, and {gone} ({line})")
+        missing = ", ".join(map(str, verdict.missing))
+        said = f"{failed}, {f'missing: rank {missing}' if missing else 'though all ranks are there'} ({line})"
+        return MembersLost(said) if self._going_on else TopologyError(said)
 
 
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:160]
+def meeting_point(group: dist.ProcessGroup) -> dist.Store:
+    """Where those meet that make a topology of a group, and nobody else.
+
+    Args:
+        group: of `torch.distributed`. Its processes make their topologies in the same order.
+
+    Returns:
+        A store whose keys no other topology sees.
+    """
+    name = group.group_name
+    _topologies[name] += 1
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"replica-newton/{name}/{_topologies[name]}", store)
+
+
+_topologies: Counter[str] = Counter()
+"""How many topologies this process has made, by group."""

@@ -12,7 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
-from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
+from replica_newton.topology.simulated import (
+    Buffers,
+    Criterion,
+    Data,
+    ReplicaGradients,
+    backward,
+    snapshot,
+    write_back,
+)
 
 DEFAULT_TIMEOUT = 300.0
 _IN_FLIGHT = 2
@@ -43,6 +51,7 @@ class Processes:
         replicas: M, the number of workers.
         shards: number of processes that share a replica.
         rank: of this process in the group.
+        steps: steps asked for so far by the whole run, taken or given up; a newcomer has that of the others.
         elements_sent: elements that this process has sent to others, by phase.
 
     Raises:
@@ -60,26 +69,37 @@ class Processes:
         bucket_bytes: int = BUCKET_BYTES,
         shard_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._begin(timeout, bucket_bytes)
+        if shard_group is not None:
+            self._across = Collectives.of(shard_group, timeout, self.elements_sent)
+            self.shards = self._across.size
+        self._adopt(Collectives.of(process_group, timeout, self.elements_sent), workers, holders)
+
+    def _begin(self, timeout: float, bucket_bytes: int = BUCKET_BYTES) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
         if bucket_bytes < 1:
             raise ValueError(f"{bucket_bytes=} must be >= 1")
+        self.timeout = timeout
+        self.steps = 0
+        self.elements_sent: Counter[str] = Counter()
+        self._across: Collectives | None = None
+        self.shards = 1
+        self._bucket_bytes = bucket_bytes
+        self._postponed = False
+
+    def _adopt(self, collectives: Collectives, workers: Sequence[int], holders: Sequence[int]) -> None:
+        """Talk through these from now on."""
+        self._all = collectives
+        self.rank = collectives.rank
         self._workers = list(workers)
         self._holders = list(holders)
-        self.timeout = timeout
         self.replicas = len(self._workers)
-        self.elements_sent: Counter[str] = Counter()
-        self._all = Collectives(process_group, timeout, self.elements_sent)
-        self.rank = self._all.rank
-        self._across = None if shard_group is None else Collectives(shard_group, timeout, self.elements_sent)
-        self.shards = 1 if self._across is None else self._across.size
         # Closures may have collectives of their own. Where gradients start is up to the backward pass, so they travel
         # beside those; where there are servers, which have no closure, nothing else can come between.
-        self._for_gradients = self._all.beside() if self.replicas == self._all.size else self._all
-        self._among_workers = self._all.among(self._workers) if self.is_worker else self._all
-        self._bucket_bytes = bucket_bytes
+        self._for_gradients = collectives.beside() if self.replicas == collectives.size else collectives
+        self._among_workers = collectives.among(self._workers) if self.is_worker else collectives
         self._buckets = Buckets((), torch.float32, len(self._holders))
-        self._postponed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -109,12 +129,17 @@ class Processes:
     @property
     def is_worker(self) -> bool:
         """Whether this process has a replica."""
-        return self.rank in self._workers
+        return self._all.rank in self._workers
 
     @property
     def replica(self) -> int | None:
         """m, the number of the replica in this process, from 0; None where there is none."""
-        return self._workers.index(self.rank) if self.is_worker else None
+        return self._workers.index(self._all.rank) if self.is_worker else None
+
+    @property
+    def workers(self) -> list[int]:
+        """Names of the workers, by replica: their ranks."""
+        return self._workers
 
     @property
     def _local(self) -> slice:
@@ -232,9 +257,9 @@ class Processes:
         Returns:
             `(n,)`; what lies beyond N is zero.
         """
-        if self.rank not in self._holders:
+        if self._all.rank not in self._holders:
             return vector[:0].clone()
-        return self._buckets.part(vector, self._holders.index(self.rank))
+        return self._buckets.part(vector, self._holders.index(self._all.rank))
 
     def whole(self, part: Tensor) -> Tensor:
         """A vector from its columns in all processes.
@@ -299,13 +324,38 @@ class Processes:
         """
         self._all.broadcast(tensors, self._workers[0], phase)
 
-    def common_to_workers(self, tensors: Sequence[Tensor]) -> None:
+    def common_to_workers(self, tensors: Sequence[Tensor], phase: str = "common shard") -> None:
         """Overwrite tensors with those of the first worker, called by workers alone.
 
         Args:
             tensors: of the same shapes in all processes.
+            phase: what an error calls it.
         """
-        self._among_workers.broadcast(tensors, 0, "common shard")
+        self._among_workers.broadcast(tensors, 0, phase)
+
+    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002
+        """Make a call that all processes make; see `Topology`."""
+        call()
+
+    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:  # noqa: ARG002
+        """Count a step that will be taken, or has been given up; see `Topology`."""
+        self.steps += stepped
+
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
+        """All know that the step is given up; see `Topology`."""
+        give_up()
+        self.prepared(undo, stepped=True)
+
+    def said_by_server(self, message: Tensor) -> Tensor:
+        """What the first holder of columns knows: here all know it; see `Topology`."""
+        return message
+
+    def align(self, buffers: Sequence[Tensor]) -> None:
+        """Overwrite buffers of the module with those of the first worker, where they may differ. Called by workers.
+
+        Args:
+            buffers: of the same shapes in all processes.
+        """
 
 
 class LocalClosure:
@@ -326,6 +376,7 @@ class LocalClosure:
         self._module = module
         self._criterion = criterion
         self._samples = (*inputs, targets)
+        self._before: Buffers = []
         self.samples_evaluated = 0
 
     @property
@@ -335,6 +386,8 @@ class LocalClosure:
 
     def __call__(self) -> Tensor:
         """Gradient of the shard; buffers (batch-norm statistics) become the mean over replicas."""
+        self._topology.align(list(self._module.buffers()))
+        self._before = snapshot(self._module)
         loss = self._backward(self._samples)
         for buffer in self._module.buffers():
             if buffer.is_floating_point():
@@ -346,13 +399,16 @@ class LocalClosure:
         samples = tuple(rows.clone() for rows in self._samples)
         random_state = torch.get_rng_state()
         self._topology.common_to_workers((*samples, random_state))
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        before = snapshot(self._module)
         with torch.random.fork_rng():
             torch.set_rng_state(random_state)
             loss = self._backward(samples)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        write_back(before)
         return loss
+
+    def restore(self) -> None:
+        """Put the module's buffers back to where they were before the last evaluation."""
+        write_back(self._before)
 
     def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
         # A DistributedDataParallel module would average the gradients, and with them the differences away.

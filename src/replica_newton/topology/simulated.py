@@ -18,6 +18,10 @@ Data = Literal["own", "common"]
 """Which samples a replica evaluates: its own shard of the global batch, or the first shard, common to all."""
 
 
+Buffers = list[tuple[Tensor, Tensor]]
+"""Buffers of a module, each with the values that it had at some time."""
+
+
 class ReplicaGradients(NamedTuple):
     """What M replicas compute: `losses`, `(M,)`, and `gradients`, `(M, N)`, one row a replica."""
 
@@ -37,11 +41,15 @@ class Simulated:
         batched: True demands one batched pass (its error reaches the caller), False a loop, None tries the first
             and falls back to the second, with a warning in the log.
 
+    Attributes:
+        steps: steps asked for so far, taken or given up.
+
     Raises:
         ValueError: if `replicas` is not a positive integer.
     """
 
     distributed = False
+    steps = 0
 
     def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
@@ -133,6 +141,28 @@ class Simulated:
 
     def spread_from_first(self, tensors: Sequence[Tensor], phase: str) -> None:
         """Nothing to do in one process; see `Topology`."""
+
+    @property
+    def workers(self) -> list[int]:
+        """The numbers of the replicas; see `Topology`."""
+        return list(range(self.replicas))
+
+    def said_by_server(self, message: Tensor) -> Tensor:
+        """The message itself; see `Topology`."""
+        return message
+
+    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002
+        """Make the call; see `Topology`."""
+        call()
+
+    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:  # noqa: ARG002
+        """Count a step that will be taken, or has been given up; see `Topology`."""
+        self.steps += stepped
+
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Count the step; see `Topology`."""
+        give_up()
+        self.prepared(undo, stepped=True)
 
     def evaluate(
         self,
@@ -262,6 +292,29 @@ def backward(module: nn.Module, criterion: Criterion, samples: tuple[Tensor, ...
     return loss.detach()
 
 
+def snapshot(module: nn.Module) -> Buffers:
+    """The buffers of a module with what they hold now.
+
+    Args:
+        module: the module.
+
+    Returns:
+        Buffers and copies of them.
+    """
+    return [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+
+def write_back(buffers: Buffers) -> None:
+    """Put buffers back to what they held.
+
+    Args:
+        buffers: from `snapshot`.
+    """
+    with torch.no_grad():
+        for buffer, values in buffers:
+            buffer.copy_(values)
+
+
 class ReplicaClosure:
     """One global batch, to be evaluated at the shared parameters or by M replicas at M points.
 
@@ -285,6 +338,7 @@ class ReplicaClosure:
         self._module = module
         self._criterion = criterion
         self._samples = (*inputs, targets)
+        self._before: Buffers = []
         self.samples_evaluated = 0
 
     @property
@@ -330,9 +384,15 @@ class ReplicaClosure:
         }
         shards = tuple(rows.reshape(M, -1, *rows.shape[1:]) for rows in self._samples)
         self.samples_evaluated += self._size
+        if data == "own":
+            self._before = snapshot(self._module)
         return self._topology.evaluate(
             self._module, self._loss, stacked, shards if data == "own" else tuple(rows[0] for rows in shards), data=data
         )
+
+    def restore(self) -> None:
+        """Put the module's buffers back to where they were before the last evaluation on own shards."""
+        write_back(self._before)
 
     def _loss(self, state: dict[str, Tensor], *samples: Tensor) -> Tensor:
         *inputs, targets = samples

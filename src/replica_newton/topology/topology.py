@@ -29,6 +29,14 @@ class Topology(Protocol):
         """Fix which process holds which columns; returns what a state must agree with to be of the same columns."""
         ...
 
+    @property
+    def workers(self) -> list[int]:
+        """M names of the replicas, which they keep when others come or go."""
+        ...
+
+    steps: int
+    """Steps asked for so far, taken or given up."""
+
     def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:
         """Write the module's parameters, from columns `(n,)` of those all share and `(M, n)` displacements."""
         ...
@@ -60,4 +68,28 @@ class Topology(Protocol):
 
     def spread_from_first(self, tensors: Sequence[Tensor], phase: str) -> None:
         """Overwrite tensors with those of the first process."""
+        ...
+
+    def said_by_server(self, message: Tensor) -> Tensor:
+        """What the first process that holds columns says."""
+        ...
+
+    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:
+        """Make a call that all processes make: whatever members come or go, either all end it or none does.
+
+        `call` returns whether it was a step, after which newcomers may come in. It is made again if it was interrupted
+        before all servers were prepared. `meet` comes after every change of members: all then make it.
+        """
+        ...
+
+    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:
+        """Nothing that others do can keep this process from ending the call; `undo` takes back what it has done.
+
+        It comes right before the last collectives of the call, those that bring results to others; `stepped` says that
+        it is a step.
+        """
+        ...
+
+    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Give up a step when all know that it will be, and before one goes on; `undo` takes that back."""
         ...

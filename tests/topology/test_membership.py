@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import cases_membership as cases
+import pytest
+import torch
+from processes import run_processes
+
+WORKERS = 3
+
+
+def check_survivors(results: list[dict], steps: int) -> None:
+    """That the workers are equal bit for bit, ended, and learnt."""
+    for result in results:
+        assert "said" not in result, result
+        assert result["steps"] == steps
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+        for ours, first in zip(result["buffers"], results[0]["buffers"], strict=True):
+            assert torch.equal(ours, first)
+    losses = results[0]["losses"]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@pytest.mark.parametrize(
+    "phase",
+    ["before gradients", "before columns", "after columns", "before published", "after published", "before agree"],
+)
+def test_training_goes_on_without_a_worker_that_is_killed(phase: str, tmp_path: Path) -> None:
+    results = run_processes(
+        tmp_path, 2 + WORKERS, cases.lossy, lost=(3,), folder=tmp_path, servers=2, failing={3: "killed"}, phase=phase
+    )
+    left = [results[2], results[4]]
+    check_survivors(left, 12)
+    for result in left:
+        assert result["replicas"][-1] == 2
+        assert len([line for line in result["log"] if line.startswith("rank 3 is lost, noticed in ")]) == 1
+
+
+def test_a_fresh_process_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> None:
+    results = run_processes(
+        tmp_path,
+        5,
+        cases.lossy,
+        lost=(4,),
+        newcomers=1,
+        tcp=True,
+        folder=tmp_path,
+        servers=2,
+        failing={4: "killed"},
+        newcomer=True,
+    )
+    left = [results[2], results[3], results[5]]
+    check_survivors(left, left[0]["steps"])
+    assert left[2]["rank"] == 5
+    for result in left:
+        assert result["replicas"][-6:] == [3] * 6
+        assert result["losses"][-6:] == left[0]["losses"][-6:]
+    for result in left[:2]:
+        assert result["replicas"][0] == 3
+        assert 2 in result["replicas"]
+        assert [line for line in result["log"] if line.startswith("rank 5 joins: ")]
+
+
+def test_a_worker_that_is_stopped_is_dropped_when_time_is_out_and_told_to_rejoin(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 4, cases.lossy, folder=tmp_path, failing={2: "stopped"}, timeout=3.0, wakes=1)
+    check_survivors([results[1], results[3]], 12)
+    assert results[2]["said"] == "rank 2 was not heard of in time and has been dropped: rejoin with a new process"
+
+
+@pytest.mark.parametrize(("how", "timeout"), [("hung", 3.0), ("error", 20.0)])
+def test_a_worker_that_hangs_or_leaves_is_dropped(how: str, timeout: float, tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, failing={1: how}, timeout=timeout)
+    check_survivors([results[2], results[3]], 12)
+
+
+def test_the_last_worker_goes_on_as_sgd(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 3, cases.lossy, lost=(1,), folder=tmp_path, failing={1: "killed"})
+    check_survivors([results[2]], 12)
+    assert "which has no curvature: steps are those of SGD" in " ".join(results[2]["log"])
+
+
+def test_without_a_server_the_run_ends_for_all(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 4, cases.lossy, lost=(1,), folder=tmp_path, servers=2, failing={1: "killed"})
+    for rank in (0, 2, 3):
+        assert "server 1 is lost, and its columns with it: resume from a checkpoint" in results[rank]["said"]
+
+
+# By rank (two servers, two workers), where, and after how many calls: the sixth and the twelfth synchronise, the tenth
+# is a step that is not finite. Some leave one server ahead of the other, some leave a worker that has ended a step
+# beside one that has not.
+GLITCHES = [
+    (0, "after agree", 0),
+    (3, "after published", 1),
+    (2, "before total", 2),
+    (1, "before prepared", 3),
+    (0, "before prepared", 4),
+    (1, "before said_by_server", 4),
+    (2, "before published", 7),
+    (1, "before published", 8),
+    (2, "before agree_to_give_up", 9),
+    (1, "before whole", 11),
+    (3, "after columns", 12),
+]
+
+
+def test_calls_that_are_interrupted_end_as_if_they_were_not(tmp_path: Path) -> None:
+    runs = []
+    for name, glitches in (("smooth", []), ("interrupted", GLITCHES)):
+        (tmp_path / name).mkdir()
+        runs.append(run_processes(tmp_path / name, 4, cases.interrupted, servers=2, glitches=glitches))
+    smooth, interrupted = runs
+    for ours, theirs in zip(interrupted, smooth, strict=True):
+        assert len([line for line in ours["log"] if "failed though all ranks are there" in line]) == len(GLITCHES)
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.0, abs=0.0, nan_ok=True)
+        assert ours["counts"] == theirs["counts"]
+    assert smooth[2]["counts"][0] == 1
+    for ours, theirs in zip(interrupted[2:], smooth[2:], strict=True):
+        assert torch.equal(ours["parameters"], theirs["parameters"])
+        for one, other in zip(ours["together"] + ours["buffers"], theirs["together"] + theirs["buffers"], strict=True):
+            assert torch.equal(one, other)
