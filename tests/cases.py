@@ -205,6 +205,7 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
 REFUSALS = [
     "spread must be LocalStep() over several processes, got RandomDirections(seed=0, radius=None)",
     "timeout=0.0 must be positive and finite, in seconds",
+    "on_lost='wait' must be one of drop, stop",
     "common data need a closure from topology.closure(module, criterion, inputs, targets)",
     "a TreeReduction belongs to its process and cannot be copied or pickled",
 ]
@@ -229,6 +230,7 @@ def refusals(rank: int, count: int) -> list[str]:
     for refused in (
         lambda: ReplicaNewton(module.parameters(), topology=topology, spread=RandomDirections()),
         lambda: TreeReduction(timeout=0.0),
+        lambda: ParameterServer(on_lost="wait"),
         two_steps,
         lambda: copy.deepcopy(topology),
     ):

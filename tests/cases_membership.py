@@ -146,6 +146,8 @@ def lossy(
     if rank >= count:
         while not (folder / "go").exists():
             time.sleep(0.01)
+        if failing and rank in failing:
+            ParameterServer._enter = lambda *_: fail(failing[rank])
         topology = ParameterServer.join(meeting(folder, count), timeout=timeout)
     elif tree:
         topology = TreeReduction(timeout=timeout)

@@ -3,7 +3,11 @@ from pathlib import Path
 import cases_membership as cases
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_processes
+
+from replica_newton import ParameterServer
+from replica_newton.topology import TopologyError
 
 WORKERS = 3
 
@@ -73,9 +77,28 @@ def test_a_worker_that_hangs_or_leaves_is_dropped(how: str, timeout: float, tmp_
 
 
 def test_the_last_worker_goes_on_as_sgd(tmp_path: Path) -> None:
-    results = run_processes(tmp_path, 3, cases.lossy, lost=(1,), folder=tmp_path, failing={1: "killed"})
-    check_survivors([results[2]], 12)
-    assert "which has no curvature: steps are those of SGD" in " ".join(results[2]["log"])
+    results = run_processes(tmp_path, 4, cases.lossy, lost=(1, 2), folder=tmp_path, failing={1: "killed", 2: "killed"})
+    check_survivors([results[3]], 12)
+    assert "which has no curvature: steps are those of SGD" in " ".join(results[3]["log"])
+
+
+def test_without_workers_the_run_ends(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 2, cases.lossy, lost=(1,), folder=tmp_path, failing={1: "killed"})
+    assert "no worker is left, missing: rank 1" in results[0]["said"]
+
+
+def test_a_newcomer_that_dies_on_the_way_in_is_not_waited_for(tmp_path: Path) -> None:
+    results = run_processes(
+        tmp_path, 3, cases.lossy, lost=(3,), newcomers=1, tcp=True, folder=tmp_path, steps=600, failing={3: "killed"}
+    )
+    check_survivors(results[1:3], 600)
+    lost = [line for line in results[1]["log"] if line.startswith("rank 3 ")]
+    assert [line.partition(":")[0] for line in lost] == ["rank 3 joins", "rank 3 is lost, noticed in forming a group"]
+
+
+def test_where_there_is_no_run_nobody_can_join() -> None:
+    with pytest.raises(TopologyError, match=r"no run has let this process in within 0\.3 s"):
+        ParameterServer.join(dist.HashStore(), timeout=0.3)
 
 
 def test_without_a_server_the_run_ends_for_all(tmp_path: Path) -> None:

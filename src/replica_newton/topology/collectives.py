@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, BroadcastOptions
+from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, BroadcastOptions, PrefixStore, Store
 
 from replica_newton.topology.watch import MembersLost, TopologyError, Watch
 
@@ -66,7 +66,7 @@ class Collectives:
         *,
         going_on: bool = False,
     ) -> None:
-        self.group = group
+        self.group: Any = group
         self.timeout = timeout
         self.elements_sent = elements_sent
         self.rank = group.rank()
@@ -234,7 +234,7 @@ class Collectives:
         return MembersLost(said) if self._going_on else TopologyError(said)
 
 
-def meeting_point(group: dist.ProcessGroup) -> dist.Store:
+def meeting_point(group: dist.ProcessGroup) -> Store:
     """Where those meet that make a topology of a group, and nobody else.
 
     Args:
@@ -246,7 +246,7 @@ def meeting_point(group: dist.ProcessGroup) -> dist.Store:
     name = group.group_name
     _topologies[name] += 1
     store = dist.distributed_c10d._get_default_store()
-    return dist.PrefixStore(f"replica-newton/{name}/{_topologies[name]}", store)
+    return PrefixStore(f"replica-newton/{name}/{_topologies[name]}", store)
 
 
 _topologies: Counter[str] = Counter()

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from replica_newton.topology.collectives import Collectives, Group, meeting_point
-from replica_newton.topology.watch import MembersLost, TopologyError, Verdict, Watch
+from replica_newton.topology.watch import MembersLost, TopologyError, Verdict, Watch, connection
 
 logger = logging.getLogger(__name__)
 
 _PAUSE = 0.05
 _FORMING = "forming a group"
+"""Phase in which all members of a generation wait for each other."""
 
 
 class Generations:
@@ -46,7 +48,7 @@ class Generations:
         next_newcomer: the rank that the next newcomer will have.
     """
 
-    def __init__(self, run: dist.Store, watch: Watch, servers: int, next_newcomer: int) -> None:
+    def __init__(self, run: Store, watch: Watch, servers: int, next_newcomer: int) -> None:
         self.next_newcomer = next_newcomer
         self.watch = watch
         self._store = run
@@ -72,11 +74,11 @@ class Generations:
             root.set(f"{number}/founded", json.dumps({"servers": servers, "processes": count}))
             meeting.set("run", number)
             root.set("run", number)
-        run = dist.PrefixStore(meeting.get("run").decode(), _root(meeting)).clone()
+        run = connection(PrefixStore(meeting.get("run").decode(), _root(meeting)))
         return cls(run, Watch(run, rank, range(count), timeout, next_newcomer=count), servers, count)
 
     @classmethod
-    def join(cls, store: dist.Store, timeout: float) -> tuple["Generations", int]:
+    def join(cls, store: Store, timeout: float) -> tuple["Generations", int]:
         """Come into the latest run that meets at a store, as soon as a step of it ends.
 
         Args:
@@ -89,11 +91,11 @@ class Generations:
         Raises:
             TopologyError: if there is no run, or it lets nobody in, in time.
         """
-        root = _root(store).clone()
+        root = connection(_root(store))
         limit = timedelta(seconds=timeout)
         try:
             root.wait(["run"], limit)
-            run = dist.PrefixStore(root.get("run").decode(), root).clone()
+            run = connection(PrefixStore(root.get("run").decode(), root))
             founded = json.loads(run.get("founded"))
             rank = founded["processes"] + run.add("candidates", 1) - 1
             watch = Watch(run, rank, [rank], timeout, next_newcomer=rank + 1)
@@ -157,7 +159,8 @@ class Generations:
             )
         members = sorted({*watch.members, *verdict.joined} - {*verdict.missing})
         if len(members) == self.servers:
-            raise TopologyError(f"{verdict.phase}: no worker is left, missing: rank {verdict.missing}")
+            names = ", ".join(map(str, verdict.missing))
+            raise TopologyError(f"{verdict.phase}: no worker is left, missing: rank {names}")
         self._log(verdict, len(members) - self.servers)
         watch.members = members
         watch.generation += 1
@@ -218,7 +221,7 @@ class Generations:
         position = positions.index(watch.members.index(watch.rank))
         limit = timedelta(seconds=watch.timeout)
         try:
-            group = dist.ProcessGroupGloo(dist.PrefixStore(name, self._store), position, len(positions), limit)
+            group = dist.ProcessGroupGloo(PrefixStore(name, self._store), position, len(positions), limit)
         except RuntimeError:
             watch.in_time(lambda: self._fail(timed_out=True))
             raise
@@ -230,19 +233,19 @@ class Generations:
         raise MembersLost(f"{_FORMING}: not all have come")
 
 
-def _root(store: dist.Store) -> dist.Store:
+def _root(store: Store) -> Store:
     """Where founders and newcomers meet, whatever `torch.distributed` or a launcher has put before the keys."""
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return dist.PrefixStore("replica-newton", store)
+    return PrefixStore("replica-newton", store)
 
 
 def _abandon(groups: list[Group], timeout: float) -> None:
     """Hold broken groups until their collectives have run out of time: to let go of one before would wait for them."""
+
+    def hold(held: list[Group]) -> None:
+        time.sleep(2.0 * timeout)
+        held.clear()
+
     if groups:
-        threading.Thread(
-            target=lambda held: (time.sleep(2.0 * timeout), held),
-            args=(groups,),
-            name="replica-newton-groups",
-            daemon=True,
-        ).start()
+        threading.Thread(target=hold, args=(groups,), name="replica-newton-groups", daemon=True).start()

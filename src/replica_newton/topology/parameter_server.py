@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from replica_newton.topology.collectives import world_size
 from replica_newton.topology.generations import Generations
@@ -93,7 +94,7 @@ class ParameterServer(Processes):
         self._enter(Generations.found(group, servers, timeout))
 
     @classmethod
-    def join(cls, store: dist.Store, *, timeout: float = DEFAULT_TIMEOUT) -> "ParameterServer":
+    def join(cls, store: Store, *, timeout: float = DEFAULT_TIMEOUT) -> "ParameterServer":
         """Come into a run as another worker, as soon as a step of it ends.
 
         The others wait for a newcomer from then on: load model and data first. The newcomer's parameters, rates and

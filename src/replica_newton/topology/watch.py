@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 Result = TypeVar("Result")
 
@@ -75,14 +75,14 @@ class Watch:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         members: Sequence[int],
         timeout: float,
         *,
         next_newcomer: int | None = None,
     ) -> None:
-        self.store = store.clone()
+        self.store = connection(store)
         self.rank = rank
         self.members = list(members)
         self.timeout = timeout
@@ -93,13 +93,13 @@ class Watch:
         self.grace = min(max(2.0, timeout / 10.0), 5.0)
         self._asked = 0
         # Its own connection: a thread that waits for an answer must not hold up the other.
-        background = store.clone()
+        background = connection(store)
         stop = threading.Event()
         arguments = (weakref.ref(self), background, stop)
         threading.Thread(target=_answer_until, args=arguments, name="replica-newton-watch", daemon=True).start()
         self._stop = weakref.finalize(self, stop.set)
 
-    def look(self, store: dist.Store) -> None:
+    def look(self, store: Store) -> None:
         """Answer whoever asks, and see who wants to come in: what the thread does.
 
         Args:
@@ -207,7 +207,20 @@ class Watch:
         return results[0]
 
 
-def _answer_until(reference: "weakref.ref[Watch]", store: dist.Store, stop: threading.Event) -> None:
+def connection(store: Store) -> Store:
+    """Another connection to a store, for another thread.
+
+    Args:
+        store: the store.
+
+    Returns:
+        The same store.
+    """
+    made: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
+    return made
+
+
+def _answer_until(reference: "weakref.ref[Watch]", store: Store, stop: threading.Event) -> None:
     while not stop.wait(_POLL):
         watch = reference()
         if watch is None:
