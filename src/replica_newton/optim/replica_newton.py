@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
-from replica_newton.optim.evaluation import Evaluation
+from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local, write
@@ -20,8 +20,6 @@ from replica_newton.topology.simulated import Data
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
-_CLIP_EPSILON = 1e-6
-"""Added to the norm by `torch.nn.utils.clip_grad_norm_`."""
 _CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
 
 
@@ -63,7 +61,8 @@ class ReplicaNewton(Optimizer):
         maximize: ascend instead of descend; everything is then that of the negated loss.
 
     Attributes:
-        curvature: `SecantCurvature` of the last step, None where there was none.
+        curvature: `SecantCurvature` of the last step, None where there was none; over processes also after a step
+            that was given up.
         fallbacks: steps that were replaced by the SGD step because they did not descend.
 
     Raises:
@@ -201,24 +200,25 @@ class ReplicaNewton(Optimizer):
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
-        self.curvature = None  # as large as the state: not to be kept while gradients are evaluated
+        if self.topology.distributed:
+            self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
         evaluation = self._evaluate(closure or _given(parameters), parameters, W, "own")
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
-        evaluation.settle()
+        evaluation.report.settle()
         mean = evaluation.mean
         if self.max_norm is not None:
             # Shorter rates are shorter gradients for all but the secants.
-            rates = rates * min(1.0, self.max_norm / (evaluation.norm + _CLIP_EPSILON))
+            rates = rates * _clipping(evaluation.report.norm, self.max_norm)
         if closure is None:
-            self._settle(parameters, shared - rates * mean, W)
+            self._settle(parameters, _moved(shared, mean, rates), W)
             return None
         step = self.state[parameters[0]].get("step", 0)
-        shared = shared - rates * self._direction(mean, rates)
+        shared = _moved(shared, self._direction(mean, rates), rates)
         W = self.spread.displacements(evaluation.gradients, rates, step)
-        loss = evaluation.losses.mean().to(shared)
+        loss = evaluation.report.losses.mean().to(shared)
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
         return loss
@@ -296,7 +296,9 @@ class ReplicaNewton(Optimizer):
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         if set(signs) != {1.0}:
             gradients = gradients.mul_(self._by_element(parameters, signs))
-        return Evaluation(self.topology.total, losses, gradients)
+        mean = gradients.mean(dim=0)
+        with_norm = self.max_norm is not None and data == "own"
+        return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))
 
     def _observe(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
@@ -305,13 +307,13 @@ class ReplicaNewton(Optimizer):
         secants = evaluation
         if self.secant_data == "common":
             parted = torch.tensor([bool((W[:1] != W).any())], dtype=torch.float64)
-            if not bool(evaluation.total(parted)):
+            if not bool(evaluation.report.total(parted)):
                 return None
             secants = self._evaluate(closure, parameters, W, "common")
         if self.topology.distributed:
-            options: dict[str, Any] = {"total": secants.total, "vector": evaluation.mean}
+            options: dict[str, Any] = {"total": secants.report.total, "vector": evaluation.mean}
         else:
-            secants.settle()
+            secants.report.settle()
             options = {}
         curvature = SecantCurvature(W, secants.gradients, rtol=self.rtol, damping=self.damping, **options)
         return curvature if curvature.parted else None
@@ -379,9 +381,13 @@ class ReplicaNewton(Optimizer):
         given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(gradient.layout != torch.strided for _, gradient, _ in given):
             raise ValueError("sparse gradients are not supported")
+        clipping = 1.0
+        if self.max_norm is not None:
+            norm = torch.nn.utils.get_total_norm([gradient for _, gradient, _ in given])
+            clipping = _clipping(float(norm), self.max_norm)
         for parameter, gradient, group in given:
             sign = 1 if group["maximize"] else -1
-            parameter.add_(gradient, alpha=sign * float(group["lr"]))
+            parameter.add_(gradient, alpha=sign * clipping * float(group["lr"]))
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -394,6 +400,18 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _flat(parameters: list[Tensor]) -> Tensor:
     return torch.cat([local(parameter).flatten() for parameter in parameters])
+
+
+def _clipping(norm: float, max_norm: float) -> float:
+    """What a gradient of this length is multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def _moved(shared: Tensor, direction: Tensor, rates: Tensor | float) -> Tensor:
+    """`w − α d`, in one pass."""
+    if isinstance(rates, Tensor):
+        return torch.addcmul(shared, rates, direction, value=-1)
+    return torch.add(shared, direction, alpha=-rates)
 
 
 def _no_data() -> Tensor:
