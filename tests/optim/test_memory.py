@@ -11,7 +11,7 @@ from processes import run_processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("count", [2, 4])
 def test_state_is_below_two_floats_a_parameter(count: int, tmp_path: Path) -> None:
-    elements = 1 << 22
+    elements = 1 << 24
     for result in run_processes(tmp_path, count, cases_buckets.memory, elements=elements):
         # Displacements and shared parameters, (M + 1)/M, and what the allocator keeps.
         assert 0.9 * (count + 1) / count <= result["state"] <= 2.0

@@ -12,7 +12,7 @@ from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Calls, Nonfinite, flat
-from replica_newton.optim.evaluation import Evaluation
+from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
@@ -21,8 +21,6 @@ from replica_newton.topology.simulated import Data
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
-_CLIP_EPSILON = 1e-6
-"""Added to the norm by `torch.nn.utils.clip_grad_norm_`."""
 
 
 class ReplicaNewton(Calls):
@@ -66,7 +64,8 @@ class ReplicaNewton(Calls):
             nothing. With a closure from `topology.closure` batch-norm statistics are then as before the step, too.
 
     Attributes:
-        curvature: `SecantCurvature` of the last step, None where there was none.
+        curvature: `SecantCurvature` of the last step, None where there was none; over processes also after a step
+            that was given up.
         fallbacks: steps that were replaced by the SGD step because they did not descend.
         skipped: steps that were skipped because a loss or gradient was not finite.
 
@@ -176,23 +175,24 @@ class ReplicaNewton(Calls):
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
-        self.curvature = None  # as large as the state: not to be kept while gradients are evaluated
+        if self.topology.distributed:
+            self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
         evaluation = self._evaluate(closure or _given(parameters), parameters, W, "own")
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
-        evaluation.settle()
-        self._outcome = evaluation.losses.mean().to(shared)
+        evaluation.report.settle()
+        self._outcome = evaluation.report.losses.mean().to(shared)
         mean = evaluation.mean
         if self.max_norm is not None:
             # Shorter rates are shorter gradients for all but the secants.
-            rates = rates * min(1.0, self.max_norm / (evaluation.norm + _CLIP_EPSILON))
+            rates = rates * _clipping(evaluation.report.norm, self.max_norm)
         if closure is None:
-            self._settle(parameters, shared - rates * mean, W)
+            self._settle(parameters, _moved(shared, mean, rates), W)
             return
         step = self.state[parameters[0]].get("step", 0)
-        shared = shared - rates * self._direction(mean, rates)
+        shared = _moved(shared, self._direction(mean, rates), rates)
         W = self.spread.displacements(evaluation.gradients, rates, step)
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
@@ -261,7 +261,9 @@ class ReplicaNewton(Calls):
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         if set(signs) != {1.0}:
             gradients = gradients.mul_(self._by_element(parameters, signs))
-        return Evaluation(self.topology.total, losses, gradients)
+        mean = gradients.mean(dim=0)
+        with_norm = self.max_norm is not None and data == "own"
+        return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))
 
     def _observe(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
@@ -270,13 +272,13 @@ class ReplicaNewton(Calls):
         secants = evaluation
         if self.secant_data == "common":
             parted = torch.tensor([bool((W[:1] != W).any())], dtype=torch.float64)
-            if not bool(evaluation.total(parted)):
+            if not bool(evaluation.report.total(parted)):
                 return None
             secants = self._evaluate(closure, parameters, W, "common")
         if self.topology.distributed:
-            options: dict[str, Any] = {"total": secants.total, "vector": evaluation.mean}
+            options: dict[str, Any] = {"total": secants.report.total, "vector": evaluation.mean}
         else:
-            secants.settle()
+            secants.report.settle()
             options = {}
         curvature = SecantCurvature(W, secants.gradients, rtol=self.rtol, damping=self.damping, **options)
         return curvature if curvature.parted else None
@@ -344,9 +346,13 @@ class ReplicaNewton(Calls):
         given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(gradient.layout != torch.strided for _, gradient, _ in given):
             raise ValueError("sparse gradients are not supported")
+        clipping = 1.0
+        if self.max_norm is not None:
+            norm = torch.nn.utils.get_total_norm([gradient for _, gradient, _ in given])
+            clipping = _clipping(float(norm), self.max_norm)
         for parameter, gradient, group in given:
             sign = 1 if group["maximize"] else -1
-            parameter.add_(gradient, alpha=sign * float(group["lr"]))
+            parameter.add_(gradient, alpha=sign * clipping * float(group["lr"]))
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -355,6 +361,18 @@ def _check_group(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
+
+
+def _clipping(norm: float, max_norm: float) -> float:
+    """What a gradient of this length is multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def _moved(shared: Tensor, direction: Tensor, rates: Tensor | float) -> Tensor:
+    """`w − α d`, in one pass."""
+    if isinstance(rates, Tensor):
+        return torch.addcmul(shared, rates, direction, value=-1)
+    return torch.add(shared, direction, alpha=-rates)
 
 
 def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:
