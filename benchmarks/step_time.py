@@ -24,7 +24,8 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,7 +89,7 @@ def main() -> None:
 def measure(size: str, replicas: int, rounds: int, samples: int) -> dict[str, Any]:
     """Median times of all methods with so many replicas, and of their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (folder, size, replicas, rounds, samples), nprocs=replicas)  # type: ignore[no-untyped-call]
+        spawn(_process, (folder, size, replicas, rounds, samples), nprocs=replicas)  # type: ignore[no-untyped-call]
         found = json.loads((Path(folder) / "result.json").read_text())
     times = found["times"]
     ours = times["replica_newton"]

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -321,3 +322,49 @@ def test_on_a_tanh_network_the_error_falls_linearly_with_the_spread_and_quadrati
 def test_displacements_whose_squares_underflow_are_still_displacements() -> None:
     W = torch.tensor([[0.0, 0.0], [1e-30, 0.0]])
     assert SecantCurvature(W, torch.tensor([[0.0, 0.0], [2.0, 0.0]])).rank == 1
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize(("M", "N"), SHAPES)
+def test_the_squared_decrement_is_the_product_with_the_vector(M: int, N: int, damping: float) -> None:
+    w, g = unrelated(M, N)
+    curvature, z = SecantCurvature(w, g, damping=damping), normal(N, seed=9)
+    assert curvature.squared_decrement(z) == pytest.approx(float(z @ curvature.inverse_hvp(z)), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_columns_in_two_places_need_one_sum_for_the_vector_they_know(damping: float) -> None:
+    w, g = unrelated(4, 9)
+    whole, z = SecantCurvature(w, g, damping=damping), normal(9, seed=9)
+    columns = [slice(0, 5), slice(5, 9)]
+    # The sums of both places, as the first to be asked would have to wait for them.
+    sums: list[list[Tensor]] = [[], []]
+    for place, own in enumerate(columns):
+        SecantCurvature(w[:, own], g[:, own], damping=damping, vector=z[own], total=_kept(sums[place]))
+    total = sums[0][0] + sums[1][0]
+    parts = []
+    for own in columns:
+        vector, calls = z[own], list[Tensor]()
+        curvature = SecantCurvature(
+            w[:, own], g[:, own], damping=damping, vector=vector, total=_kept(calls, answer=total)
+        )
+        parts.append(curvature.inverse_hvp(vector))
+        assert curvature.squared_decrement(vector) == pytest.approx(whole.squared_decrement(z), rel=1e-9)
+        assert len(calls) == 1, "one sum for all"
+        assert curvature.parted
+        torch.testing.assert_close(curvature.eigenvalues, whole.eigenvalues, **CLOSE)
+    torch.testing.assert_close(torch.cat(parts), whole.inverse_hvp(z), **CLOSE)
+
+
+def test_replicas_at_one_point_have_not_parted() -> None:
+    w, g = unrelated(3, 5)
+    assert SecantCurvature(w, g).parted
+    assert not SecantCurvature(w[:1].expand(3, -1), g).parted
+
+
+def _kept(sums: list[Tensor], *, answer: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def total(one: Tensor) -> Tensor:
+        sums.append(one)
+        return one if answer is None else answer
+
+    return total

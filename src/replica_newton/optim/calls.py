@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from replica_newton.curvature.gram import working_dtype
+from replica_newton.optim.closures import no_data
 from replica_newton.spread import regrouped
 from replica_newton.topology import Topology, TopologyError
 from replica_newton.topology.buckets import local, write
@@ -104,7 +105,7 @@ class Calls(Optimizer):
             if agreed == _SYNCHRONISE:
                 self._synchronise()
             elif agreed != _CLOSE:
-                self._try_step((closure or _no_data) if agreed == _STEP else None)
+                self._try_step((closure or no_data) if agreed == _STEP else None)
             return agreed in {_STEP, _STEP_ON_GIVEN}
 
         self.topology.together(attempt, self._meet)
@@ -203,11 +204,6 @@ class Calls(Optimizer):
 def flat(parameters: list[Tensor]) -> Tensor:
     """`(N,)`, one parameter after the other; of sharded ones, the local shards."""
     return torch.cat([local(parameter).flatten() for parameter in parameters])
-
-
-def _no_data() -> Tensor:
-    """Closure of a process without a replica, which is never called."""
-    raise RuntimeError("a process without a replica has no data")
 
 
 def _restore(closure: Callable[[], Tensor] | None) -> None:

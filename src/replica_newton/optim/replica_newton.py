@@ -12,6 +12,7 @@ from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Calls, Nonfinite, flat
+from replica_newton.optim.closures import given_gradients, no_data
 from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
@@ -179,7 +180,7 @@ class ReplicaNewton(Calls):
             self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
-        evaluation = self._evaluate(closure or _given(parameters), parameters, W, "own")
+        evaluation = self._evaluate(closure or given_gradients(parameters), parameters, W, "own")
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
         evaluation.report.settle()
@@ -373,15 +374,3 @@ def _moved(shared: Tensor, direction: Tensor, rates: Tensor | float) -> Tensor:
     if isinstance(rates, Tensor):
         return torch.addcmul(shared, rates, direction, value=-1)
     return torch.add(shared, direction, alpha=-rates)
-
-
-def _given(parameters: list[Tensor]) -> Callable[[], Tensor]:
-    """Closure that finds the gradients as they are."""
-    gradients = [parameter.grad for parameter in parameters]
-
-    def closure() -> Tensor:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return parameters[0].new_zeros(())
-
-    return closure

@@ -93,7 +93,8 @@ class Buckets:
         for first in reversed(range(len(sizes))):
             elements += sizes[first]
             enough = bucket_bytes if self._buckets else min(_FIRST_BUCKET_BYTES, bucket_bytes)
-            if elements and (first == 0 or elements * dtype.itemsize >= enough):
+            at_the_end = first == 0 and (elements or not self._buckets)
+            if at_the_end or (elements and elements * dtype.itemsize >= enough):
                 width = -(-elements // holders)
                 columns = slice(self.width, self.width + width)
                 self._buckets.append(Bucket(slice(first, last), slice(end - elements, end), columns))
