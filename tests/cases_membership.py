@@ -135,6 +135,7 @@ def lossy(
     at: int = 4,
     timeout: float = 20.0,
     newcomer: bool = False,
+    expected: bool = False,
     wakes: int | None = None,
     cut_off: bool = False,
     tree: bool = False,
@@ -172,6 +173,9 @@ def lossy(
             while topology.steps < until:
                 if topology.steps == at + 2 and topology.replica == 0:
                     (folder / "go").touch()
+                    # Or all would be over before somebody comes.
+                    while expected and topology._generations.watch.next_newcomer == count:
+                        time.sleep(0.01)
                 M, step = topology.replicas, topology.steps
                 inputs, targets = (one.chunk(M)[topology.replica] for one in batch(step, torch.float64))
                 losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))

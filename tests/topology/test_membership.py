@@ -89,9 +89,17 @@ def test_without_workers_the_run_ends(tmp_path: Path) -> None:
 
 def test_a_newcomer_that_dies_on_the_way_in_is_not_waited_for(tmp_path: Path) -> None:
     results = run_processes(
-        tmp_path, 3, cases.lossy, lost=(3,), newcomers=1, tcp=True, folder=tmp_path, steps=600, failing={3: "killed"}
+        tmp_path,
+        3,
+        cases.lossy,
+        lost=(3,),
+        newcomers=1,
+        tcp=True,
+        folder=tmp_path,
+        expected=True,
+        failing={3: "killed"},
     )
-    check_survivors(results[1:3], 600)
+    check_survivors(results[1:3], 12)
     lost = [line for line in results[1]["log"] if line.startswith("rank 3 ")]
     assert [line.partition(":")[0] for line in lost] == ["rank 3 joins", "rank 3 is lost, noticed in forming a group"]
 
