@@ -18,7 +18,7 @@ from replica_newton.topology.simulated import Data
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free"]
-_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE = range(4)
+_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE, _SAVE = range(5)
 
 
 class ReplicaNewton(Optimizer):
@@ -156,16 +156,30 @@ class ReplicaNewton(Optimizer):
         return self._take_step(closure)
 
     @torch.no_grad()
-    def serve(self) -> None:
+    def serve(self, save: Callable[[int], object] | None = None) -> None:
         """Take part in all that the workers do, until they call `close`: what a server of `ParameterServer` does.
 
         Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
         here.
+
+        Args:
+            save: takes part in a checkpoint, given the number of steps; see `save_checkpoint`. None where there are
+                none.
+
+        Raises:
+            RuntimeError: if the workers save a checkpoint and `save` is None.
         """
-        while (call := self._announce(_CLOSE)) != _CLOSE:
+        while True:
+            call, steps = self._announce(_CLOSE)
+            if call == _CLOSE:
+                return
             try:
                 if call == _SYNCHRONISE:
                     self._synchronise()
+                elif call == _SAVE:
+                    if save is None:
+                        raise RuntimeError("the workers save a checkpoint: servers need optimizer.serve(save=...)")
+                    save(steps)
                 else:
                     self._take_step(_no_data if call == _STEP else None)
             except FloatingPointError as error:
@@ -175,14 +189,22 @@ class ReplicaNewton(Optimizer):
         """Tell the servers that there are no more steps; nothing to do where there are none."""
         self._announce(_CLOSE)
 
-    def _announce(self, call: int) -> int:
+    def announce_checkpoint(self, step: int) -> None:
+        """Tell the servers to save a checkpoint; nothing to do where there are none. `save_checkpoint` calls it.
+
+        Args:
+            step: steps of training so far.
+        """
+        self._announce(_SAVE, step)
+
+    def _announce(self, call: int, steps: int = 0) -> tuple[int, int]:
         """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
         rates = [float(group["lr"]) for group in self.param_groups]
-        message: list[float] = self.topology.agree(torch.tensor([call, *rates], dtype=torch.float64)).tolist()
-        if message[1:] != rates:
-            for group, rate in zip(self.param_groups, message[1:], strict=True):
+        message: list[float] = self.topology.agree(torch.tensor([call, steps, *rates], dtype=torch.float64)).tolist()
+        if message[2:] != rates:
+            for group, rate in zip(self.param_groups, message[2:], strict=True):
                 group["lr"] = rate
-        return int(message[0])
+        return int(message[0]), int(message[1])
 
     def _take_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         parameters = self._trained()
@@ -213,6 +235,11 @@ class ReplicaNewton(Optimizer):
         if self.topology.distributed:
             self._announce(_SYNCHRONISE)
             self._synchronise()
+
+    @property
+    def together(self) -> bool:
+        """Whether the module stands at the shared parameters: after `synchronise`, until the next step."""
+        return self._together or not self.topology.distributed
 
     def _synchronise(self) -> None:
         parameters = self._trained()

@@ -1,5 +1,6 @@
 """Topologies: where the replicas live and how their vectors travel."""
 
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.parameter_server import ParameterServer
 from replica_newton.topology.processes import LocalClosure, TopologyError
 from replica_newton.topology.simulated import ReplicaClosure, ReplicaGradients, Simulated
@@ -7,6 +8,7 @@ from replica_newton.topology.topology import Topology
 from replica_newton.topology.tree_reduction import TreeReduction
 
 __all__ = [
+    "Layout",
     "LocalClosure",
     "ParameterServer",
     "ReplicaClosure",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
 
 DEFAULT_TIMEOUT = 300.0
@@ -117,6 +118,11 @@ class Processes:
     def replica(self) -> int | None:
         """m, the number of the replica in this process, from 0; None where there is none."""
         return self._workers.index(self.rank) if self.is_worker else None
+
+    @property
+    def layout(self) -> Layout:
+        """Who is who among the processes."""
+        return Layout(type(self).__name__, self._processes, self.replicas, self._workers[0])
 
     @property
     def _processes(self) -> int:
@@ -238,16 +244,17 @@ class Processes:
         """
         return self._sum("inner products", sums, self._group)
 
-    def total_of_workers(self, sums: Tensor) -> Tensor:
+    def total_of_workers(self, sums: Tensor, phase: str = "buffers") -> Tensor:
         """Sum over the processes that have a replica, called by these alone.
 
         Args:
             sums: fp64 on the CPU.
+            phase: what an error calls it.
 
         Returns:
             The sum, of the same shape.
         """
-        return self._sum("buffers", sums, self._among_workers)
+        return self._sum(phase, sums, self._among_workers)
 
     def by_replica(self, values: Tensor) -> Tensor:
         """Numbers of all replicas.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from replica_newton.topology.layout import Layout
+
 logger = logging.getLogger(__name__)
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +42,7 @@ class Simulated:
     """
 
     distributed = False
+    rank = 0
 
     def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
@@ -76,6 +79,11 @@ class Simulated:
             ValueError: if M does not divide the number of samples or inputs and targets differ in it.
         """
         return ReplicaClosure(self, module, criterion, inputs if isinstance(inputs, tuple) else (inputs,), targets)
+
+    @property
+    def layout(self) -> Layout:
+        """One process with all replicas."""
+        return Layout(type(self).__name__, 1, self.replicas)
 
     def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:
         """Where the replicas stand; see `Topology`."""

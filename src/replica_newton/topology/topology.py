@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import Data, ReplicaGradients
 
 
@@ -18,6 +19,16 @@ class Topology(Protocol):
     @property
     def replicas(self) -> int:
         """M."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Of this process; 0 where there is only one."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Who is who among the processes."""
         ...
 
     @property
