@@ -218,7 +218,10 @@ def run_together(command: Sequence[str], processes: int) -> Ended:
                 subprocess.Popen(command, stderr=errors[rank], env=os.environ | place, start_new_session=True)  # noqa: S603
             )
         first = _wait(children)
-        return Ended(first, children[first].returncode, _content(errors[first]))
+        # Processes that leave together, told to, are the same failure: one of them says so.
+        same = [first, *(r for r, child in enumerate(children) if child.returncode == children[first].returncode)]
+        said = [text for rank in same if (text := _content(errors[rank]))]
+        return Ended(first, children[first].returncode, said[0] if said else "")
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:

