@@ -213,15 +213,24 @@ def failing(rank: int, count: int, *, how: str, timeout: float, servers: int = 0
     for step in range(5):
         inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
         if step == 2 and rank == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1.5 if how == "late" else 3600.0)
+            if how in {"killed", "stopped"}:
+                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            if how != "out of memory":
+                time.sleep(1.5 if how == "late" else 3600.0)
+        closure: Any = topology.closure(module, cross_entropy, inputs, targets)
+        if how == "out of memory" and step == 2 and rank == 1:
+            closure = out_of_memory
         begun = time.monotonic()
         try:
-            optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
+            optimizer.step(closure)
         except TopologyError as error:
             raise Leave((str(error), time.monotonic() - begun)) from error
     optimizer.close()
+
+
+def out_of_memory() -> Tensor:
+    """Closure of a batch that is too large."""
+    raise MemoryError("no room for the batch")
 
 
 REFUSALS = [

@@ -188,7 +188,9 @@ def train(
                     leave=lambda: graceful.agreed(where_replicas_live),
                 )
             except KeyboardInterrupt:
-                _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
+                if speaks:
+                    _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
+                raise
             if graceful.leaving and speaks:
                 sys.stderr.write(f"replica-newton: terminated in epoch {len(state.history) + 1}; go on by --resume\n")
         console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)

@@ -228,14 +228,15 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Rank of the first that failed, 0 if none did; all have then ended."""
     failed: int | None = None
     until = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < until:
-        if failed is None and (bad := [rank for rank, child in enumerate(children) if child.returncode]):
-            failed, until = bad[0], time.monotonic() + _GRACE
+    while True:
+        codes = [child.poll() for child in children]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            until = time.monotonic() + _GRACE
+        if None not in codes or time.monotonic() > until:
+            _kill(children)
+            return failed or 0
         time.sleep(_POLL)
-    _kill(children)
-    if failed is None:
-        failed = next((rank for rank, child in enumerate(children) if child.returncode), 0)
-    return failed
 
 
 def _kill(children: Sequence["subprocess.Popen[bytes]"]) -> None:

@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_changes_none(tmp_path
     assert bool(torch.isfinite(results[0]["parameters"]).all())
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
+@pytest.mark.parametrize("how", ["killed", "hung", "stopped", "out of memory"])
 def test_a_lost_process_is_named_in_time(how: str, tmp_path: Path) -> None:
     results = run_processes(tmp_path, 3, cases.failing, lost=(1,), how=how, timeout=4.0)
     assert results[1] is None
@@ -90,6 +90,7 @@ def test_a_lost_process_is_named_in_time(how: str, tmp_path: Path) -> None:
         said, seconds = results[rank]
         assert said.startswith(("gradients: failed after", "inner products: failed after"))
         assert "missing: rank 1 " in said
+        assert ("rank 1 (MemoryError: no room for the batch)" in said) is (how == "out of memory")
         assert seconds < 30.0
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients, backward
 
 DEFAULT_TIMEOUT = 300.0
+_FAILED = "replica-newton/failed"
 _LAST_WORDS = 2.0
 """Seconds in which those that still run can say so, after a collective has failed."""
 
@@ -181,13 +183,14 @@ class Processes:
             return ReplicaGradients(points.new_zeros(0), points)
         for parameter in parameters:
             parameter.grad = None
-        if data == "own":
-            with torch.enable_grad():
-                loss = closure()
-        elif isinstance(closure, LocalClosure):
-            loss = closure.common()
-        else:
+        if data == "common" and not isinstance(closure, LocalClosure):
             raise TypeError("common data need a closure from topology.closure(module, criterion, inputs, targets)")
+        try:
+            with torch.enable_grad():
+                loss = closure.common() if isinstance(closure, LocalClosure) and data == "common" else closure()
+        except Exception as error:
+            self._tell_why(error)
+            raise
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         if any(piece.layout != torch.strided for piece in pieces):
             raise ValueError("sparse gradients are not supported")
@@ -356,13 +359,22 @@ class Processes:
         """Which ranks do not say within two seconds that a collective has failed for them too."""
         try:
             store = dist.distributed_c10d._get_default_store()
-            name = "replica-newton/failed"
-            store.set(f"{name}/{self.rank}", "here")
+            store.set(f"{_FAILED}/{self.rank}", "here")
             time.sleep(_LAST_WORDS)
-            missing = [rank for rank in range(self._processes) if not store.check([f"{name}/{rank}"])]
+            missing = [rank for rank in range(self._processes) if not store.check([f"{_FAILED}/{rank}"])]
+            reasons = {rank: f"{_FAILED}/{rank}/why" for rank in missing}
+            said = {rank: store.get(key).decode() for rank, key in reasons.items() if store.check([key])}
         except RuntimeError:
             return "and the process that keeps the store is gone"
-        return f"missing: rank {', '.join(map(str, missing))}" if missing else "though all ranks are there"
+        ranks = ", ".join(f"{rank} ({said[rank]})" if rank in said else str(rank) for rank in missing)
+        return f"missing: rank {ranks}" if missing else "though all ranks are there"
+
+    def _tell_why(self, error: Exception) -> None:
+        """Leave word of an error that the others would only know as silence."""
+        if not isinstance(error, TopologyError):
+            with suppress(RuntimeError):
+                store = dist.distributed_c10d._get_default_store()
+                store.set(f"{_FAILED}/{self.rank}/why", f"{type(error).__name__}: {_line(error)}")
 
 
 class LocalClosure:
