@@ -121,7 +121,8 @@ def newest_checkpoint(folder: Path, topology: Topology) -> Saved | None:
         .int()
         .tolist()
     )
-    damaged = None
+    passed_over: list[tuple[Path, str]] = []
+    damaged = ""
     for number in (number for number in found if number):
         path = folder / f"checkpoint-{number:06d}"
         saved, problem = _checked(path, lambda count: range(rank, count, processes))
@@ -129,17 +130,16 @@ def newest_checkpoint(folder: Path, topology: Topology) -> Saved | None:
             torch.tensor([problem is not None, (path / MANIFEST).exists()], dtype=torch.float64)
         ).tolist()
         if saved is not None and not bad:
+            for other, problem in passed_over if rank == 0 else ():
+                logger.warning("%s is not used: %s", other, problem)
             return saved
-        if rank == 0:
-            # Its own share may be sound: whoever reads the warning wants the file that is not.
-            problem = _checked(path, range)[1] or "another process finds it damaged"
-            logger.warning("%s is not used: %s", path, problem)
+        # This process's share of the files may be sound: the reader wants the one that is not.
+        problem = _checked(path, range)[1] or "a process finds it damaged"
+        passed_over.append((path, problem))
         if was_complete:
-            damaged = damaged or path
-    if damaged is not None:
-        raise CheckpointError(
-            f"{folder}: no whole checkpoint, {damaged.name} is damaged; delete the folder to train from the start"
-        )
+            damaged = damaged or f"{path.name} is damaged ({problem})"
+    if damaged:
+        raise CheckpointError(f"{folder}: no whole checkpoint, {damaged}; delete the folder to train from the start")
     return None
 
 
