@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cases_checkpoints
 import elastic_worker
+import pytest
 import torch
 from processes import run_processes
 
@@ -26,6 +27,7 @@ def torchrun(folder: Path, *arguments: object, restarts: int = 0) -> "subprocess
     )
 
 
+@pytest.mark.timeout(900)
 def test_killed_out_of_memory_and_terminated_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run_processes(
@@ -34,13 +36,13 @@ def test_killed_out_of_memory_and_terminated_it_goes_on_to_the_same_bits(tmp_pat
     waiting = [tmp_path / f"waiting-{rank}" for rank in range(PROCESSES)]
     failing = torchrun(tmp_path, "--killed-at=3", "--out-of-memory-at=5", "--wait-at=6", restarts=2)
     try:
-        until = time.monotonic() + 200.0
+        until = time.monotonic() + 400.0
         while not all(marker.exists() for marker in waiting):
             assert failing.poll() is None, failing.communicate()[0]
             assert time.monotonic() < until, "not all processes came to the step at which they wait"
             time.sleep(0.05)
         failing.send_signal(signal.SIGTERM)
-        said = failing.communicate(timeout=60)[0]
+        said = failing.communicate(timeout=120)[0]
     finally:
         failing.kill()
     assert failing.returncode != 0
@@ -48,7 +50,7 @@ def test_killed_out_of_memory_and_terminated_it_goes_on_to_the_same_bits(tmp_pat
     assert not list(tmp_path.glob("end-*"))
 
     with torchrun(tmp_path) as rest:
-        said = rest.communicate(timeout=200)[0]
+        said = rest.communicate(timeout=400)[0]
     assert rest.returncode == 0, said
     for rank in range(PROCESSES):
         # Killed in step 3: on from the checkpoint after 2; out of memory in 5: after 4; told to leave in 6: after 7.
