@@ -1,4 +1,4 @@
-"""`replica-newton train` over processes: the numbers of one, launched here or by two agents of torchrun, told to leave."""
+"""`replica-newton train` over processes, started here or by two agents of torchrun: the numbers of one process."""
 
 import json
 import os
