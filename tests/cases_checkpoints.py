@@ -6,10 +6,7 @@ from typing import Any
 
 import cases
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.functional import cross_entropy
 
 from replica_newton import (
@@ -20,7 +17,7 @@ from replica_newton import (
     load_checkpoint,
     save_checkpoint,
 )
-from replica_newton.checkpoints import CheckpointError, ReplicaState
+from replica_newton.checkpoints import CheckpointError
 
 RATE = 0.05
 
@@ -131,56 +128,3 @@ def disk_full(rank: int, count: int, *, folder: Path) -> tuple[str, int, list[st
     torch.distributed.barrier()
     found = run(topology, folder, range(0), load=True)["found"]
     return said, found.step, sorted(path.name for path in folder.iterdir())
-
-
-def by_dcp(
-    rank: int, count: int, *, folder: Path, steps: range, load: bool, partial_load: bool, servers: int = 0
-) -> Any:
-    """Train, from a checkpoint of DCP or not, and save one at the end."""
-    topology = processes(rank, count, servers=servers)
-    module = cases.network(torch.float64, seed=int(load))
-    optimizer = ReplicaNewton(module.parameters(), 0.5 if load else RATE, topology=topology)
-    state = {"model": module.state_dict(), "optimizer": ReplicaState(optimizer)}
-    refused = ""
-    if load:
-        try:
-            planner = DefaultLoadPlanner(allow_partial_load=True) if partial_load else None
-            dcp.load(state, checkpoint_id=folder, planner=planner)
-        except dcp.api.CheckpointException as error:
-            return str(error)
-        module.load_state_dict(state["model"])
-    else:
-        # On a fresh optimizer this takes a step without gradients at a rate of 0, which must not count.
-        before = vector(module)
-        if not servers:
-            get_optimizer_state_dict(module, optimizer)
-        assert torch.equal(vector(module), before)
-    loaded = vector(module)
-
-    def save(step: int = 0) -> None:
-        del step
-        dcp.save({"model": module.state_dict(), "optimizer": ReplicaState(optimizer)}, checkpoint_id=folder)
-
-    if not topology.is_worker:
-        optimizer.serve(save)
-        return refused, loaded, loaded
-    M, m = topology.replicas, topology.replica
-    for step in steps:
-        inputs, targets = (one.chunk(M)[m] for one in cases.batch(step, torch.float64))
-        optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
-    if steps:
-        try:
-            ReplicaState(optimizer).state_dict()
-        except RuntimeError as error:
-            refused = str(error)
-    optimizer.synchronise()
-    optimizer.announce_checkpoint(steps.stop)
-    save()
-    optimizer.close()
-    return (
-        refused,
-        loaded,
-        vector(module),
-        optimizer.param_groups[0]["lr"],
-        optimizer.state[module.first.weight]["step"],
-    )

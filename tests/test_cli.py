@@ -157,7 +157,7 @@ BAD = [
     ("train --topology tree", "needs --processes, --replicas or torchrun"),
     ("train --topology tree --processes 3 --replicas 4", "replicas must be 3 with 3 processes and 0 servers, got 4"),
     ("train --topology tree --processes 3", "replicas must divide the batch size 64, got 3"),
-    ("train --topology tree --processes 4 --servers 1", "servers must be 0 for topology tree, got 1"),
+    ("train --topology tree --processes 5 --servers 1", "servers must be 0 for topology tree, got 1"),
     ("train --topology tree --processes 4 --method sgd", "topology must be simulated for method sgd, got tree"),
     ("train --topology tree --processes 4 --method paper-random", "must be simulated for method paper-random"),
     ("train --topology server --processes 1", "got 1 processes and 1 servers"),

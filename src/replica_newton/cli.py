@@ -319,12 +319,12 @@ def reproduce(
 def estimate(
     parameters: Annotated[int, typer.Option(min=1, help="Number of parameters N.")],
     replicas: Annotated[int, typer.Option(min=1, help="Number of replicas M.")] = 8,
-    topology: Annotated[Where, typer.Option(help="Topology: tree, server or simulated.")] = Where.tree,
+    topology: Annotated[str, typer.Option(help="Topology: tree, server or simulated.")] = "tree",
     servers: Annotated[int, typer.Option(min=1, help="Number of servers, of a parameter server.")] = 1,
 ) -> None:
     """Say what a step sends and what a process keeps, before anything is run."""
     try:
-        loads = estimate_load(topology.value, parameters, replicas, servers=servers)
+        loads = estimate_load(topology, parameters, replicas, servers=servers)  # type: ignore[arg-type]
     except ValueError as error:
         raise RunError(str(error)) from error
     Console().print(load_table(loads, parameters, replicas))

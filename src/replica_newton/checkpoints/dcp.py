@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.stateful import Stateful
 
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim import ReplicaNewton
@@ -14,7 +13,7 @@ from replica_newton.optim import ReplicaNewton
 logger = logging.getLogger(__name__)
 
 
-class ReplicaState(Stateful):
+class ReplicaState:
     """State of `ReplicaNewton` that `dcp.save` keeps apart by process, and `dcp.load` finds again.
 
         optimizer.synchronise()
@@ -29,6 +28,8 @@ class ReplicaState(Stateful):
     By the same processes, training goes on at the same bits. By another number of them or of replicas, `dcp.load`
     raises, for it misses the names; with `planner=DefaultLoadPlanner(allow_partial_load=True)` the model, rates and the
     count of steps go on, and the replicas part anew.
+
+    It has the methods of DCP's `Stateful` and does not import it, which would take all users of the package a second.
 
     Args:
         optimizer: whose state it is.

@@ -95,10 +95,13 @@ def joined(config: RunConfig, place: Place | None) -> Iterator[Simulated | TreeR
         init_processes()
     except (RuntimeError, TimeoutError) as error:
         raise RunError("the processes do not come together: " + str(error).partition("\n")[0]) from error
-    yield TreeReduction() if config.topology == "tree" else ParameterServer(config.servers)
-    # A process that leaves while others still talk to it would be their error.
-    dist.barrier()
-    dist.destroy_process_group()
+    try:
+        yield TreeReduction() if config.topology == "tree" else ParameterServer(config.servers)
+        # A process that leaves while others still talk to it would be their error.
+        dist.barrier()
+    finally:
+        # Threads of the group that outlive the interpreter would end the process by an abort.
+        dist.destroy_process_group()
 
 
 def _require(condition: bool, rule: str) -> None:
