@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from processes import Leave, meeting
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from replica_newton import ParameterServer, ReplicaNewton, TreeReduction
+from replica_newton import ParameterServer, ReplicaNewton, TreeReduction, save_checkpoint
 from replica_newton.topology import TopologyError
 
 
@@ -50,11 +51,11 @@ def fail_at(topology: Any, phase: str, at: int, how: str) -> None:
     when, _, name = phase.partition(" ")
     original: Callable[..., Any] = getattr(topology, name)
 
-    def method(*arguments: Any) -> Any:
-        failing = topology.steps - (name == "published") == at
+    def method(*arguments: Any, **options: Any) -> Any:
+        failing = topology.steps - (name == "place") == at
         if failing and when == "before":
             fail(how)
-        result = original(*arguments)
+        result = original(*arguments, **options)
         if failing and when == "after":
             fail(how)
         return result
@@ -85,7 +86,7 @@ def glitch(topology: Any, phase: str, at: int) -> None:
 
 
 def interrupted(
-    rank: int, count: int, *, servers: int, glitches: list[tuple[int, str, int]], nonfinite: str = "skip"
+    rank: int, count: int, *, folder: Path, servers: int, glitches: list[tuple[int, str, int]], nonfinite: str = "skip"
 ) -> dict[str, Any] | None:
     """Train while collectives fail though nobody is lost; one loss in between is not finite."""
     log = Lines()
@@ -97,7 +98,7 @@ def interrupted(
             glitch(topology, phase, at)
     losses, together = [], []
     if topology.is_server:
-        optimizer.serve()
+        optimizer.serve(partial(save_checkpoint, folder, module=module, optimizer=optimizer))
     else:
         for step in range(14):
             inputs, targets = (
@@ -110,6 +111,8 @@ def interrupted(
                 optimizer.synchronise()
                 together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
         optimizer.synchronise()
+        together.append(optimizer.total(lambda: torch.tensor([1.0, topology.replica], dtype=torch.float64)))
+        save_checkpoint(folder, 14, module, optimizer)
         optimizer.close()
     raise Leave(
         {
@@ -131,7 +134,7 @@ def lossy(
     servers: int = 1,
     steps: int = 12,
     failing: dict[int, str] | None = None,
-    phase: str = "before columns",
+    phase: str = "before _exchange_gradients",
     at: int = 4,
     timeout: float = 20.0,
     newcomer: bool = False,
@@ -143,6 +146,8 @@ def lossy(
 ) -> dict[str, Any]:
     """Train while one process is lost, and perhaps another comes; everything that a test may want to know."""
     begun, log = time.monotonic(), Lines()
+    if failing and rank in failing:
+        (folder / failing[rank]).write_text(str(os.getpid()))
     topology: Any
     if rank >= count:
         while not (folder / "go").exists():
@@ -158,7 +163,6 @@ def lossy(
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
     if failing and rank in failing:
         fail_at(topology, phase, at, failing[rank])
-        (folder / failing[rank]).write_text(str(os.getpid()))
     if cut_off:
         # Whatever the main thread asks of a store from here on is an error.
         topology._all._watch.store = None

@@ -152,6 +152,16 @@ BAD = [
     ("train --learning-rate fast", "--learning-rate"),
     ("train --seed a", "--seed"),
     ("train --seed 99999999999999999999", "seed must be in 0"),
+    ("train --processes 4", "processes must go with --topology tree or server, got 4"),
+    ("train --topology ring --processes 4", "--topology"),
+    ("train --topology tree", "needs --processes, --replicas or torchrun"),
+    ("train --topology tree --processes 3 --replicas 4", "replicas must be 3 with 3 processes and 0 servers, got 4"),
+    ("train --topology tree --processes 3", "replicas must divide the batch size 64, got 3"),
+    ("train --topology tree --processes 5 --servers 1", "servers must be 0 for topology tree, got 1"),
+    ("train --topology tree --processes 4 --method sgd", "topology must be simulated for method sgd, got tree"),
+    ("train --topology tree --processes 4 --method paper-random", "must be simulated for method paper-random"),
+    ("train --topology server --processes 1", "got 1 processes and 1 servers"),
+    ("train --replicas 8 --servers 1", "servers must be 0 for topology simulated, got 1"),
     ("compare --methods sgd,newton", "method must be one of"),
     ("compare --methods ''", "method must be one of"),
     ("compare --seeds a", "seeds must be integers separated by commas, got 'a'"),
@@ -252,7 +262,7 @@ def test_examples_of_the_help_are_commands_that_exist():
 def test_train_writes_metrics_and_a_checkpoint(invoke, tmp_path):
     outcome = invoke("train --method paper --replicas 4 --epochs 2 --out a/run", *SMALL)
     assert (outcome.status, outcome.err) == (0, "")
-    assert {path.name for path in (tmp_path / "a/run").iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
+    assert {path.name for path in (tmp_path / "a/run").iterdir()} == {"metrics.jsonl", "checkpoints"}
     lines = metrics(tmp_path / "a/run")
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["gradient_evaluations"] for line in lines] == [128, 256]
@@ -292,12 +302,13 @@ def test_run_is_not_resumed_with_other_settings(invoke, tmp_path, change, named)
 @pytest.mark.parametrize("command", ["train --resume --method sgd --replicas 1 --out run", "compare --out ."])
 def test_damaged_checkpoint_is_named_in_one_line(invoke, tmp_path, command):
     folder = tmp_path / ("run" if command.startswith("train") else "runs/sgd-M1-rate0.3-seed0")
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"garbage")
+    manifest = folder / "checkpoints/checkpoint-000001/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b"garbage")
     before = contents(tmp_path)
     outcome = invoke(command, *SMALL)
     assert (outcome.status, outcome.out) == (2, "")
-    assert re.fullmatch(r"replica-newton: .*checkpoint\.pt: not a readable checkpoint .*\n", outcome.err)
+    assert re.fullmatch(r"replica-newton: .*: no whole checkpoint, checkpoint-000001 is damaged .*\n", outcome.err)
     assert contents(tmp_path) == before
 
 
@@ -321,11 +332,11 @@ def test_compare_writes_summary_figures_and_report_and_then_has_nothing_to_do(in
     assert len(read_json((folder / "summary.json").read_text())["runs"]) == 6
     assert "[6/6] paper, M = 4" in first.out
     assert first.out.splitlines()[-1] == "Report: cmp/report.html"
-    checkpoints = {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint.pt")}
+    checkpoints = {path: path.stat().st_mtime_ns for path in folder.rglob("process-0.pt")}
     second = invoke(line, *SMALL)
     assert second.status == 0
     assert "epoch 1/1" not in second.out
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint.pt")} == checkpoints
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("process-0.pt")} == checkpoints
 
 
 def test_threads_are_set_for_torch(invoke, monkeypatch):
@@ -343,7 +354,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_bits_of_an_uninterrupted_one(in
     assert re.fullmatch(r"replica-newton: interrupted after epoch \d+ of 2000; go on by --resume\n", outcome.err)
     before = metrics(tmp_path / "cut")
     assert 1 <= len(before) < 2000
-    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"metrics.jsonl", "checkpoints"}
     epochs = len(before) + 2
     assert invoke(f"{run} cut --epochs {epochs} --resume", *SMALL).status == 0
     assert metrics(tmp_path / "cut")[: len(before)] == before

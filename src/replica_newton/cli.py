@@ -17,12 +17,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import replica_newton
+from replica_newton.checkpoints import CheckpointError
+from replica_newton.graceful_exit import GracefulExit
+from replica_newton.launch import run_together
 from replica_newton.report.figures import save_convergence
 from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
 from replica_newton.report.tables import load_table, results_table
+from replica_newton.topology import Simulated, TopologyError
 from replica_newton.topology.estimate import estimate as estimate_load
+from replica_newton.topology.processes import Processes
+from replica_newton.training.command import cast, joined
 from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, DataError, load_dataset
 from replica_newton.training.loop import train as train_run
@@ -47,6 +53,14 @@ class Activation(StrEnum):
 
     relu = "relu"
     tanh = "tanh"
+
+
+class Where(StrEnum):
+    """Topologies."""
+
+    simulated = "simulated"
+    tree = "tree"
+    server = "server"
 
 
 DatasetOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)} (digits are built in).")]
@@ -86,7 +100,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 @app.command(
     epilog="Examples:\n\n[bold]replica-newton train --method paper --replicas 8[/bold]\n\n"
     "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]\n\n"
-    "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]"
+    "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]\n\n"
+    "[bold]replica-newton train --method paper --topology server --servers 2 --processes 6[/bold]"
 )
 def train(
     method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
@@ -103,42 +118,84 @@ def train(
     activation: ActivationOption = Activation.relu,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
+    topology: Annotated[
+        Where, typer.Option(help="Where the replicas live: in this process (simulated), or in one each (tree, server).")
+    ] = Where.simulated,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes to start, M replicas and the servers; torchrun sets it for those it starts."
+        ),
+    ] = None,
+    servers: Annotated[
+        int | None, typer.Option(min=1, help="Servers among the processes, of --topology server; by default 1.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default in runs/, named after it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, or start it.")] = False,
 ) -> None:
-    """Train the reference convnet, saving metrics and a checkpoint after every epoch."""
-    if replicas is None:
-        replicas = 8 if method in METHODS and METHODS[method].parts_replicas else 1
+    """Train the reference convnet, saving metrics and a checkpoint after every epoch, and at SIGTERM."""
+    default = 8 if method in METHODS and METHODS[method].parts_replicas else 1
+    who = cast(topology.value, default, replicas=replicas, processes=processes, servers=servers)
     config = RunConfig(
         dataset=dataset,
         method=method,
-        replicas=replicas,
+        replicas=who.replicas,
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=_batch_size(dataset) if batch_size is None else batch_size,
         seed=seed,
         activation=activation.value,
         train_limit=train_limit,
+        topology=topology.value,
+        servers=who.servers,
     )
     torch.set_num_threads(threads)
-    folder = out or Path("runs") / f"{dataset}-{method}-M{replicas}-rate{config.learning_rate:g}-seed{seed}"
+    where = "" if topology is Where.simulated else f"-{topology}"
+    name = f"{dataset}-{method}-M{config.replicas}-rate{config.learning_rate:g}-seed{seed}{where}"
+    folder = out or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} must be a folder, got a file")
-    state = load_run(folder)
-    if state is not None and not resume:
-        raise RunError(f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out")
-    state = RunState(config) if state is None else state.continued(config)
-    loaded = load_dataset(dataset, data, train_limit=train_limit)
-    config.check_fits(len(loaded.train_labels))
-    _make_folder(folder)
 
-    console = Console()
-    with _progress(console) as progress:
-        try:
-            train_run(state, loaded, folder, progress)
-        except KeyboardInterrupt:
-            _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
-    console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
+    def saved(of: Simulated | Processes | None = None) -> RunState:
+        state = load_run(folder, of)
+        if state is not None and not resume:
+            raise RunError(
+                f"{folder} holds a run already: go on with it by --resume, or choose another folder by --out"
+            )
+        return RunState(config) if state is None else state.continued(config)
+
+    if who.launches:
+        saved()
+        command = [sys.executable, "-m", "replica_newton", *sys.argv[1:]]
+        workers = range(who.servers, config.processes) if who.servers else ()
+        ended = run_together(command, config.processes, expendable=workers)
+        if ended.message:
+            sys.stderr.write(ended.message + "\n")
+        raise typer.Exit(ended.status if ended.status >= 0 else USAGE_ERROR)
+    with joined(config, who.place) as where_replicas_live:
+        state = saved(where_replicas_live)
+        loaded = load_dataset(dataset, data, train_limit=train_limit)
+        config.check_fits(len(loaded.train_labels))
+        _make_folder(folder)
+        speaks = where_replicas_live.position == where_replicas_live.layout.first_worker
+        console = Console(quiet=not speaks)
+        with GracefulExit() as graceful, _progress(console) as progress:
+            try:
+                train_run(
+                    state,
+                    loaded,
+                    folder,
+                    progress,
+                    topology=where_replicas_live,
+                    leave=graceful.agreed,
+                )
+            except KeyboardInterrupt:
+                if speaks:
+                    _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
+                raise
+            if graceful.leaving and speaks:
+                sys.stderr.write(f"replica-newton: terminated in epoch {len(state.history) + 1}; go on by --resume\n")
+        console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -289,7 +346,7 @@ def main() -> None:
         if not message:  # no command at all: the help has been shown
             sys.exit(USAGE_ERROR)
         _fail(message)
-    except (RunError, DataError, OSError) as error:
+    except (RunError, DataError, CheckpointError, TopologyError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

@@ -26,7 +26,14 @@ def check_survivors(results: list[dict], steps: int) -> None:
 
 @pytest.mark.parametrize(
     "phase",
-    ["before gradients", "before columns", "after columns", "before published", "after published", "before agree"],
+    [
+        "before gradients",
+        "before _exchange_gradients",
+        "after gradients",
+        "before place",
+        "after place",
+        "before agree",
+    ],
 )
 def test_training_goes_on_without_a_worker_that_is_killed(phase: str, tmp_path: Path) -> None:
     results = run_processes(
@@ -116,20 +123,24 @@ def test_without_a_server_the_run_ends_for_all(tmp_path: Path) -> None:
 
 
 # By rank (two servers, two workers), where, and after how many calls: the sixth and the twelfth synchronise, the tenth
-# is a step that is not finite. Some leave one server ahead of the other, some leave a worker that has ended a step
-# beside one that has not.
+# is a step that is not finite, the eighteenth a sum, the twentieth a checkpoint. Some leave one server ahead of the
+# other, some leave a worker that has ended a step beside one that has not.
 GLITCHES = [
     (0, "after agree", 0),
-    (3, "after published", 1),
+    (3, "after place", 1),
     (2, "before total", 2),
     (1, "before prepared", 3),
     (0, "before prepared", 4),
     (1, "before said_by_server", 4),
-    (2, "before published", 7),
-    (1, "before published", 8),
-    (2, "before agree_to_give_up", 9),
+    (2, "before place", 7),
+    (1, "before place", 8),
+    (2, "before end_together", 9),
     (1, "before whole", 11),
-    (3, "after columns", 12),
+    (3, "after gradients", 12),
+    (2, "before total", 17),
+    (3, "after total", 17),
+    (1, "before total", 19),
+    (0, "before end_together", 19),
 ]
 
 
@@ -137,8 +148,13 @@ def test_calls_that_are_interrupted_end_as_if_they_were_not(tmp_path: Path) -> N
     runs = []
     for name, glitches in (("smooth", []), ("interrupted", GLITCHES)):
         (tmp_path / name).mkdir()
-        runs.append(run_processes(tmp_path / name, 4, cases.interrupted, servers=2, glitches=glitches))
+        folder = tmp_path / name / "checkpoints"
+        runs.append(run_processes(tmp_path / name, 4, cases.interrupted, folder=folder, servers=2, glitches=glitches))
     smooth, interrupted = runs
+    assert smooth[2]["together"][-1].tolist() == [2.0, 1.0]
+    for name, complete in (("smooth", 1), ("interrupted", 2)):
+        # A checkpoint that was complete and not known to be is made again.
+        assert len(list((tmp_path / name / "checkpoints").glob("*/manifest.json"))) == complete
     for ours, theirs in zip(interrupted, smooth, strict=True):
         assert len([line for line in ours["log"] if "failed though all ranks are there" in line]) == len(GLITCHES)
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.0, abs=0.0, nan_ok=True)

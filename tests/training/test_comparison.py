@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from replica_newton.training.comparison import RUNS, SUMMARY, Comparison, plan
 from replica_newton.training.datasets import Dataset, load_dataset
-from replica_newton.training.run import CHECKPOINT, RunConfig, RunError, load_run
+from replica_newton.training.run import CHECKPOINTS, RunConfig, RunError, load_run
 
 SAMPLES, BATCH = 64, 32
 STEPS = SAMPLES // BATCH
@@ -290,16 +291,17 @@ def test_deleted_summary_is_written_anew_from_the_runs(digits, tmp_path):
 def test_damaged_checkpoint_of_one_run_is_named_and_nothing_is_overwritten(digits, tmp_path):
     compared(tmp_path, digits)
     (folder,) = (tmp_path / RUNS).glob("paper-M4-*")
-    (folder / CHECKPOINT).write_bytes(b"garbage")
+    (file,) = (folder / CHECKPOINTS).glob("*/process-0.pt")
+    file.write_bytes(b"garbage")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     planned = plan(base(), ["sgd", "paper"], [2, 4], [None], [0])
     comparison = Comparison.open(tmp_path, base(), digits)
     for action in (lambda: comparison.missing(planned), comparison.write_summary):
-        with pytest.raises(RunError, match="not a readable checkpoint") as caught:
+        with pytest.raises(RunError, match="no whole checkpoint") as caught:
             action()
-        assert str(folder / CHECKPOINT) in str(caught.value)
+        assert str(folder / CHECKPOINTS) in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    (folder / CHECKPOINT).unlink()
+    shutil.rmtree(folder / CHECKPOINTS)
     assert compared(tmp_path, digits)[1].labels == ["paper, M = 4, rate 0.1, seed 0"]
 
 

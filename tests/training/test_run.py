@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from replica_newton.checkpoints.folder import write_checkpoint
+from replica_newton.topology import Simulated
 from replica_newton.training.methods import METHODS
 from replica_newton.training.run import (
-    CHECKPOINT,
+    CHECKPOINTS,
     MAX_RATE,
     METRICS,
     Epoch,
+    Progress,
     RunConfig,
     RunError,
     RunState,
@@ -35,8 +38,18 @@ def run_state(epochs: int = 2) -> RunState:
     model = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.1, -0.0])}
     optimizer = {"state": {0: {"displacements": torch.ones(4, 6)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     return RunState(
-        CONFIG, [epoch(number) for number in range(1, epochs + 1)], model, optimizer, torch.get_rng_state().clone()
+        CONFIG,
+        [epoch(number) for number in range(1, epochs + 1)],
+        Progress(3, 5.5, 96, 0.125, 1),
+        model,
+        optimizer,
+        torch.get_rng_state().clone(),
     )
+
+
+def saved_file(folder: Path) -> Path:
+    """What the only process has saved, first of all."""
+    return folder / CHECKPOINTS / "checkpoint-000001" / "process-0.pt"
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -52,6 +65,7 @@ def test_saved_run_is_loaded_as_it_was(tmp_path):
     loaded = load_run(tmp_path / "a" / "run")
     assert loaded.config == state.config
     assert loaded.history == state.history
+    assert loaded.progress == state.progress
     assert loaded.model.keys() == state.model.keys()
     assert all(torch.equal(loaded.model[name], state.model[name]) for name in state.model)
     assert torch.equal(loaded.optimizer["state"][0]["displacements"], torch.ones(4, 6))
@@ -68,31 +82,36 @@ def test_folder_without_a_checkpoint_holds_no_run(tmp_path):
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
 def test_truncated_checkpoint_is_an_error_that_names_the_file(tmp_path, fraction):
     save_run(run_state(), tmp_path)
-    path = tmp_path / CHECKPOINT
+    path = saved_file(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(fraction * len(content))])
-    with pytest.raises(RunError, match="not a readable checkpoint") as caught:
+    with pytest.raises(RunError, match=r"process-0\.pt has \d+ bytes, not") as caught:
         load_run(tmp_path)
-    assert str(path) in str(caught.value)
+    assert str(tmp_path / CHECKPOINTS) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100), bytes(1000)])
 def test_checkpoint_of_garbage_is_an_error_that_names_the_file(tmp_path, content):
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(content)
-    with pytest.raises(RunError, match="delete it to train from the start") as caught:
+    save_run(run_state(), tmp_path)
+    saved_file(tmp_path).write_bytes(content)
+    with pytest.raises(RunError, match="delete the folder to train from the start") as caught:
         load_run(tmp_path)
-    assert str(path) in str(caught.value)
+    assert str(tmp_path / CHECKPOINTS) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "content",
-    [[1, 2], {}, {"config": {"dataset": "digits", "method": "newer"}, "history": []}, {"config": asdict(CONFIG)}],
+    [
+        {"lists": [1, 2]},
+        {},
+        {"config": {"dataset": "digits", "method": "newer"}, "history": []},
+        {"config": asdict(CONFIG)},
+    ],
 )
 def test_file_of_torch_that_is_no_run_is_an_error_that_names_the_file(tmp_path, content):
-    torch.save(content, tmp_path / CHECKPOINT)
-    with pytest.raises(RunError, match=CHECKPOINT):
+    write_checkpoint(tmp_path / CHECKPOINTS, 1, content, Simulated(1))
+    with pytest.raises(RunError, match=r"checkpoint-000001: not a readable checkpoint"):
         load_run(tmp_path)
 
 
@@ -101,17 +120,17 @@ def test_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    torch.save({"config": Exploit()}, tmp_path / CHECKPOINT)
-    with pytest.raises(RunError, match=CHECKPOINT):
+    write_checkpoint(tmp_path / CHECKPOINTS, 1, {"config": Exploit()}, Simulated(1))
+    with pytest.raises(RunError, match=r"checkpoint-000001: not a readable checkpoint"):
         load_run(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("operation", ["write_bytes", "replace"])
-@pytest.mark.parametrize("failing", [CHECKPOINT, METRICS])
+@pytest.mark.parametrize("failing", ["process-0.pt", "manifest.json", METRICS])
 def test_failure_while_saving_leaves_the_run_before_and_no_other_file(tmp_path, monkeypatch, operation, failing):
     save_run(run_state(1), tmp_path)
-    before = (tmp_path / CHECKPOINT).read_bytes()
+    before = saved_file(tmp_path).read_bytes()
     genuine = getattr(Path, operation)
 
     def fail(self: Path, argument: Any) -> Any:
@@ -124,9 +143,10 @@ def test_failure_while_saving_leaves_the_run_before_and_no_other_file(tmp_path, 
     monkeypatch.setattr(Path, operation, fail)
     with pytest.raises(OSError, match="disk full"):
         save_run(run_state(2), tmp_path)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert saved_file(tmp_path).read_bytes() == before
     assert len(load_run(tmp_path).history) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, METRICS}
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINTS, METRICS}
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["checkpoint-000001"]
     assert len(metrics(tmp_path)) >= 1
 
 
@@ -178,6 +198,8 @@ def test_only_floats_that_are_not_finite_become_none(value, expected):
         ("learning_rate", math.nan, "learning rate must be positive"),
         ("learning_rate", math.inf, "learning rate must be positive and at most 1e+30"),
         ("learning_rate", 2 * MAX_RATE, "learning rate must be positive and at most 1e+30"),
+        ("topology", "ring", "topology must be one of simulated, tree, server"),
+        ("servers", 1, "servers must be 0 for topology simulated"),
     ],
 )
 def test_setting_out_of_range_is_refused_with_the_rule_and_the_value(setting, value, rule):
@@ -201,6 +223,7 @@ def test_settings_do_not_change():
 def test_label_names_replicas_only_where_they_part():
     assert CONFIG.label == "paper, M = 4, rate 0.1, seed 0"
     assert RunConfig("digits", "adam", replicas=4, seed=2).label == "adam, rate 0.003, seed 2"
+    assert replace(CONFIG, topology="tree").label == "paper, M = 4, rate 0.1, seed 0, tree"
 
 
 @pytest.mark.parametrize("samples", [32, 33, 1000])

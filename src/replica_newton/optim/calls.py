@@ -1,7 +1,9 @@
 """Calls that all processes make together: announced, tried, given up, undone and made again."""
 
 import logging
+import math
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,7 +21,18 @@ logger = logging.getLogger(__name__)
 
 Nonfinite = Literal["stop", "skip"]
 MAX_SKIPPED_IN_A_ROW = 20
-_CLOSE, _STEP, _STEP_ON_GIVEN, _SYNCHRONISE, _SERVE = range(5)
+
+
+class _Call(IntEnum):
+    """What all processes do together; a server does what the first worker says."""
+
+    CLOSE = 0
+    STEP = 1
+    STEP_ON_GIVEN = 2
+    SYNCHRONISE = 3
+    SUM = 4
+    SAVE = 5
+    SERVE = 6
 
 
 class Calls(Optimizer):
@@ -57,40 +70,86 @@ class Calls(Optimizer):
         self._outcome: Tensor | FloatingPointError | None = None
         self._rows: list[int] | None = None
         self._together = False
+        self._sum = torch.empty(0)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("topology", "nonfinite", "fallbacks", "skipped", "_skipped_in_a_row", "_counted", "_rows", "_together")
-        unset = {"_outcome": None, "_evaluated": False}
+        unset = {"_outcome": None, "_evaluated": False, "_sum": torch.empty(0)}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | unset
 
     @torch.no_grad()
-    def serve(self) -> None:
+    def serve(self, save: Callable[[int], object] | None = None) -> None:
         """Take part in all that the workers do, until they call `close`: what a server of `ParameterServer` does.
 
         Rates come from the first worker. A step that the workers give up for a loss that is not finite is no error
         here.
+
+        Args:
+            save: takes part in a checkpoint, given the number of steps; see `save_checkpoint`. None where there are
+                none.
+
+        Raises:
+            RuntimeError: if the workers save a checkpoint and `save` is None.
         """
-        while self._call(_SERVE) != _CLOSE:
+        while self._call(_Call.SERVE, save=save) != _Call.CLOSE:
             if isinstance(self._outcome, FloatingPointError):
                 logger.warning("step given up: %s", self._outcome)
+
+    @torch.no_grad()
+    def checkpoint(self, step: int, save: Callable[[int], object]) -> None:
+        """Save a checkpoint together with the servers, if there are any; what `save_checkpoint` calls.
+
+        Args:
+            step: steps of training so far.
+            save: this process's part, given the number of steps; made again if workers are lost meanwhile.
+        """
+        self._call(_Call.SAVE, number=step, save=save)
+
+    @torch.no_grad()
+    def total(self, numbers: Callable[[], Tensor]) -> Tensor:
+        """Sum over the replicas of a few numbers; called by all workers.
+
+        Args:
+            numbers: `(k,)` fp64 on the CPU, of the replica in this process; asked for again if workers are lost.
+
+        Returns:
+            The sum, `(k,)`, the same bits in all processes. In one process, what `numbers` returns.
+        """
+        if not self.topology.distributed:
+            return numbers()
+        self._call(_Call.SUM, numbers=numbers)
+        return self._sum
 
     def close(self) -> None:
         """Tell the servers that there are no more steps; nothing to do where there are none."""
         try:
-            self._call(_CLOSE)
+            self._call(_Call.CLOSE)
         except TopologyError as error:
             logger.warning("others have left before this process: %s", error)
 
+    @property
+    def together(self) -> bool:
+        """Whether the module stands at the shared parameters: after `synchronise`, until the next step."""
+        return self._together or not self.topology.distributed
+
     def _call_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         """Take a step together; the loss."""
-        self._call(_STEP if closure is not None else _STEP_ON_GIVEN, closure)
+        self._call(_Call.STEP if closure is not None else _Call.STEP_ON_GIVEN, closure)
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, FloatingPointError):
             raise outcome
         return outcome if closure is not None else None
 
-    def _call(self, call: int, closure: Callable[[], Tensor] | None = None) -> int:
+    def _call(
+        self,
+        call: _Call,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        number: int = 0,
+        numbers: Callable[[], Tensor] | None = None,
+        save: Callable[[int], object] | None = None,
+    ) -> _Call:
         """Make a call that all processes make, servers by what the first worker says; returns which it was."""
         agreed, self._evaluated = call, False
 
@@ -99,14 +158,22 @@ class Calls(Optimizer):
             if self._evaluated:
                 _restore(closure)
             self._outcome, self._counted, self._evaluated = None, self._counts(), False
-            agreed = self._announce(call)
-            if call not in {_SERVE, agreed}:
+            own = None if numbers is None else numbers()
+            agreed, said = self._announce(call, number if own is None else len(own))
+            if call not in {_Call.SERVE, agreed}:
                 raise TopologyError("the first worker makes another call here: all workers must make the same")
-            if agreed == _SYNCHRONISE:
-                self._synchronise()
-            elif agreed != _CLOSE:
-                self._try_step((closure or no_data) if agreed == _STEP else None)
-            return agreed in {_STEP, _STEP_ON_GIVEN}
+            match agreed:
+                case _Call.SYNCHRONISE:
+                    self._synchronise()
+                case _Call.SUM:
+                    self._sum = self.topology.total(torch.zeros(said, dtype=torch.float64) if own is None else own)
+                    self.topology.end_together(_nothing)
+                case _Call.SAVE:
+                    (save or _no_save)(said)
+                    self.topology.end_together(_nothing)
+                case _Call.STEP | _Call.STEP_ON_GIVEN:
+                    self._try_step((closure or no_data) if agreed == _Call.STEP else None)
+            return agreed in {_Call.STEP, _Call.STEP_ON_GIVEN}
 
         self.topology.together(attempt, self._meet)
         return agreed
@@ -117,9 +184,9 @@ class Calls(Optimizer):
             self._take_step(closure)
         except FloatingPointError as error:
             _restore(closure)
-            if self.nonfinite == "stop" or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                self._outcome = error
-            self.topology.agree_to_give_up(partial(self._skip, error), self._undo([]))
+            stops = self.nonfinite == "stop" or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+            self._outcome = error if stops else torch.tensor(math.nan)
+            self.topology.end_together(partial(self._skip, error), self._undo([]), stepped=True)
 
     def _skip(self, error: FloatingPointError) -> None:
         self._skipped_in_a_row += 1
@@ -168,14 +235,14 @@ class Calls(Optimizer):
         write(parameters, topology.whole(state["shared"]))
         self._together = True
 
-    def _announce(self, call: int) -> int:
+    def _announce(self, call: _Call, number: int) -> tuple[_Call, int]:
         """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
         rates = [float(group["lr"]) for group in self.param_groups]
-        message: list[float] = self.topology.agree(torch.tensor([call, *rates], dtype=torch.float64)).tolist()
-        if message[1:] != rates:
-            for group, rate in zip(self.param_groups, message[1:], strict=True):
+        message: list[float] = self.topology.agree(torch.tensor([call, number, *rates], dtype=torch.float64)).tolist()
+        if message[2:] != rates:
+            for group, rate in zip(self.param_groups, message[2:], strict=True):
                 group["lr"] = rate
-        return int(message[0])
+        return _Call(int(message[0])), int(message[1])
 
     def _take_step(self, closure: Callable[[], Tensor] | None) -> None:
         """The step itself; `_outcome` is the loss, as soon as it is known."""
@@ -188,7 +255,7 @@ class Calls(Optimizer):
         Where replicas live in one process it stands there anyway. The next step moves them apart again.
         """
         if self.topology.distributed:
-            self._call(_SYNCHRONISE)
+            self._call(_Call.SYNCHRONISE)
 
     def _synchronise(self) -> None:
         parameters = self._trained()
@@ -204,6 +271,14 @@ class Calls(Optimizer):
 def flat(parameters: list[Tensor]) -> Tensor:
     """`(N,)`, one parameter after the other; of sharded ones, the local shards."""
     return torch.cat([local(parameter).flatten() for parameter in parameters])
+
+
+def _no_save(step: int) -> None:
+    raise RuntimeError(f"the workers save a checkpoint after {step} steps: servers need optimizer.serve(save=...)")
+
+
+def _nothing() -> None:
+    """Nothing is left to be done."""
 
 
 def _restore(closure: Callable[[], Tensor] | None) -> None:

@@ -12,7 +12,7 @@ from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Calls, Nonfinite, flat
-from replica_newton.optim.closures import given_gradients, no_data
+from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
@@ -156,7 +156,7 @@ class ReplicaNewton(Calls):
                 their displacements.
 
         Returns:
-            The loss, mean over replicas; None without a closure.
+            The loss, mean over replicas; nan for a step that is skipped, None without a closure.
 
         Raises:
             TypeError: if the closure cannot evaluate replicas.

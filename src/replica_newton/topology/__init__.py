@@ -1,5 +1,6 @@
 """Topologies: where the replicas live and how their vectors travel."""
 
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.parameter_server import ParameterServer
 from replica_newton.topology.processes import LocalClosure
 from replica_newton.topology.simulated import ReplicaClosure, ReplicaGradients, Simulated
@@ -8,6 +9,7 @@ from replica_newton.topology.tree_reduction import TreeReduction
 from replica_newton.topology.watch import TopologyError
 
 __all__ = [
+    "Layout",
     "LocalClosure",
     "ParameterServer",
     "ReplicaClosure",

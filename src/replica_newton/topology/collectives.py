@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -192,10 +193,20 @@ class Collectives:
         self.elements_sent[phase] += 2 * sums.numel() * (self.size - 1) // self.size
         return on_device.to(sums.device)
 
+    def tell_why(self, error: Exception) -> None:
+        """Leave word of an error in this process, which the others would only know as silence.
+
+        Args:
+            error: raised between collectives; one of a collective is known to all.
+        """
+        if not isinstance(error, TopologyError):
+            with suppress(TopologyError):
+                self._watch.in_time(lambda: self._watch.leave(error))
+
     def _run(self, phase: str, start: Callable[[], Any]) -> None:
         """One collective, in time."""
         begun = time.monotonic()
-        self._watch.phase = phase
+        self._watch.enter(phase)
         try:
             self._wait(start(), begun + self.timeout)
         except RuntimeError as error:
@@ -229,8 +240,8 @@ class Collectives:
             verdict = watch.in_time(lambda: watch.verdict(phase, timed_out=took >= self.timeout))
         except TopologyError as gone:
             return TopologyError(f"{failed}, and {gone} ({line})")
-        missing = ", ".join(map(str, verdict.missing))
-        said = f"{failed}, {f'missing: rank {missing}' if missing else 'though all ranks are there'} ({line})"
+        missing = f"missing: rank {verdict.names}" if verdict.missing else "though all ranks are there"
+        said = f"{failed}, {missing} ({line})"
         return MembersLost(said) if self._going_on else TopologyError(said)
 
 

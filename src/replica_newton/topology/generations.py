@@ -153,14 +153,13 @@ class Generations:
             )
         lost = [rank for rank in verdict.missing if rank < self.servers]
         if lost:
-            names = ", ".join(map(str, lost))
+            names = ", ".join(map(verdict.name, lost))
             raise TopologyError(
                 f"{verdict.phase}: server {names} is lost, and its columns with it: resume from a checkpoint"
             )
         members = sorted({*watch.members, *verdict.joined} - {*verdict.missing})
         if len(members) == self.servers:
-            names = ", ".join(map(str, verdict.missing))
-            raise TopologyError(f"{verdict.phase}: no worker is left, missing: rank {names}")
+            raise TopologyError(f"{verdict.phase}: no worker is left, missing: rank {verdict.names}")
         self._log(verdict, len(members) - self.servers)
         watch.members = members
         watch.generation += 1
@@ -189,7 +188,7 @@ class Generations:
         if replicas == 1:
             after += ", which has no curvature: steps are those of SGD"
         for rank in verdict.missing:
-            logger.warning("rank %d is lost, noticed in %s: %s", rank, verdict.phase, after)
+            logger.warning("rank %s is lost, noticed in %s: %s", verdict.name(rank), verdict.phase, after)
         for rank in verdict.joined:
             logger.info("rank %d joins: %s", rank, after)
         if not verdict.missing and not verdict.joined:

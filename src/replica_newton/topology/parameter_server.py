@@ -195,20 +195,23 @@ class ParameterServer(Processes):
         if undo is not None:
             undo()
 
-    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
-        """Give up a step when all know that it will be, and before one goes on; see `Topology`.
+    def end_together(
+        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
+    ) -> None:
+        """End a call when all have come to this, and before one goes on; see `Topology`.
 
         Args:
-            give_up: does so.
+            finish: does so.
             undo: takes that back.
+            stepped: whether the call is a step.
         """
         if self._generations is None:
-            super().agree_to_give_up(give_up, undo)
+            super().end_together(finish, undo, stepped=stepped)
             return
-        # Who has passed the second knows that all servers were prepared; who has come to it, that all know.
+        # Who has passed the second knows that all servers were prepared; who has come to it, that all have come here.
         self.total(torch.zeros(1, dtype=torch.float64))
-        give_up()
-        self.prepared(undo, stepped=True)
+        finish()
+        self.prepared(undo, stepped=stepped)
         self.total(torch.zeros(1, dtype=torch.float64))
 
     def total(self, sums: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import (
     Buffers,
     Criterion,
@@ -69,13 +70,12 @@ class Processes:
         bucket_bytes: int = BUCKET_BYTES,
         shard_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._begin(timeout, bucket_bytes)
-        if shard_group is not None:
-            self._across = Collectives.of(shard_group, timeout, self.elements_sent)
-            self.shards = self._across.size
+        self._begin(timeout, bucket_bytes, shard_group)
         self._adopt(Collectives.of(process_group, timeout, self.elements_sent), workers, holders)
 
-    def _begin(self, timeout: float, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def _begin(
+        self, timeout: float, bucket_bytes: int = BUCKET_BYTES, shard_group: dist.ProcessGroup | None = None
+    ) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
         if bucket_bytes < 1:
@@ -83,8 +83,8 @@ class Processes:
         self.timeout = timeout
         self.steps = 0
         self.elements_sent: Counter[str] = Counter()
-        self._across: Collectives | None = None
-        self.shards = 1
+        self._across = None if shard_group is None else Collectives.of(shard_group, timeout, self.elements_sent)
+        self.shards = 1 if self._across is None else self._across.size
         self._bucket_bytes = bucket_bytes
         self._postponed = False
 
@@ -140,6 +140,16 @@ class Processes:
     def workers(self) -> list[int]:
         """Names of the workers, by replica: their ranks."""
         return self._workers
+
+    @property
+    def layout(self) -> Layout:
+        """Who is who among the processes."""
+        return Layout(type(self).__name__, self._all.size, self.replicas, self._workers[0])
+
+    @property
+    def position(self) -> int:
+        """Of this process among those of the layout."""
+        return self._all.rank
 
     @property
     def _local(self) -> slice:
@@ -237,8 +247,12 @@ class Processes:
         exchange = GradientExchange(parameters, self._buckets, self._exchange_gradients, lambda: self._postponed)
         for parameter in parameters:
             parameter.grad = None
-        with exchange, torch.enable_grad():
-            loss = closure.common() if data == "common" and isinstance(closure, LocalClosure) else closure()
+        try:
+            with exchange, torch.enable_grad():
+                loss = closure.common() if data == "common" and isinstance(closure, LocalClosure) else closure()
+        except Exception as error:
+            self._all.tell_why(error)
+            raise
         losses[self._local] = torch.as_tensor(loss).detach().to(losses) / self.shards
         return ReplicaGradients(losses, exchange.columns())
 
@@ -341,10 +355,12 @@ class Processes:
         """Count a step that will be taken, or has been given up; see `Topology`."""
         self.steps += stepped
 
-    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
-        """All know that the step is given up; see `Topology`."""
-        give_up()
-        self.prepared(undo, stepped=True)
+    def end_together(
+        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
+    ) -> None:
+        """End a call: who cannot go on ends the run for all; see `Topology`."""
+        finish()
+        self.prepared(undo, stepped=stepped)
 
     def said_by_server(self, message: Tensor) -> Tensor:
         """What the first holder of columns knows: here all know it; see `Topology`."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from replica_newton.topology.buckets import write
+from replica_newton.topology.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Simulated:
 
     distributed = False
     steps = 0
+    position = 0
 
     def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
@@ -90,6 +92,15 @@ class Simulated:
     def lay_out(self, parameters: Sequence[Tensor]) -> list[int]:  # noqa: ARG002
         """All columns are here; see `Topology`."""
         return []
+
+    @property
+    def layout(self) -> Layout:
+        """One process with all replicas."""
+        return Layout(type(self).__name__, 1, self.replicas)
+
+    def points(self, parameters: Tensor, displacements: Tensor) -> Tensor:
+        """Where the replicas stand; see `Topology`."""
+        return displacements + parameters.to(displacements.dtype)
 
     def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:  # noqa: ARG002
         """The module stands at the shared parameters; see `Topology`."""
@@ -159,10 +170,12 @@ class Simulated:
         """Count a step that will be taken, or has been given up; see `Topology`."""
         self.steps += stepped
 
-    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
-        """Count the step; see `Topology`."""
-        give_up()
-        self.prepared(undo, stepped=True)
+    def end_together(
+        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
+    ) -> None:
+        """Finish; see `Topology`."""
+        finish()
+        self.prepared(undo, stepped=stepped)
 
     def evaluate(
         self,

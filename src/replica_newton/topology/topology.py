@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import Data, ReplicaGradients
 
 
@@ -18,6 +19,16 @@ class Topology(Protocol):
     @property
     def replicas(self) -> int:
         """M."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Who is who among the processes."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Of this process among those of the layout, from 0."""
         ...
 
     @property
@@ -90,6 +101,11 @@ class Topology(Protocol):
         """
         ...
 
-    def agree_to_give_up(self, give_up: Callable[[], None], undo: Callable[[], None]) -> None:
-        """Give up a step when all know that it will be, and before one goes on; `undo` takes that back."""
+    def end_together(
+        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
+    ) -> None:
+        """`finish` a call when all have come to this, and before one goes on; `undo` takes that back.
+
+        It is for calls whose last collective does not bring results that `meet` brings too.
+        """
         ...

@@ -32,15 +32,34 @@ class Verdict:
 
     Attributes:
         missing: ranks that do not answer, or that all others wait for in vain.
+        reasons: the last words of some of them, by rank.
         joined: ranks of newcomers.
         phase: of the collective in which the loss was noticed.
         steps: of training so far, for newcomers.
     """
 
     missing: list[int] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
     joined: list[int] = field(default_factory=list)
     phase: str = ""
     steps: int = 0
+
+    @property
+    def names(self) -> str:
+        """Those that are missing, with the reasons that are known."""
+        return ", ".join(self.name(rank) for rank in self.missing)
+
+    def name(self, rank: int) -> str:
+        """One rank, with its reason where it is known.
+
+        Args:
+            rank: of a process.
+
+        Returns:
+            Such as "2 (MemoryError: no room)".
+        """
+        reason = self.reasons.get(str(rank))
+        return f"{rank} ({reason})" if reason else str(rank)
 
 
 class Watch:
@@ -50,10 +69,11 @@ class Watch:
     that computes, or waits in the same collective, is heard; one that is killed or stopped is not. A process that
     answers and is in no collective while all others wait in vain (it sleeps, or loops for ever) is missing too, but
     only once a collective has run out of time: until then it is merely late. Nobody asks before a collective has
-    failed, and collectives themselves never look into the store.
+    failed, and collectives themselves never look into the store. A process that has raised an error falls silent.
 
         asked/q          the generation in whose name somebody asks for the q-th time, −1 for a mere roll call
         answer/q/rank    the collective that the process is in; "" where it is in none
+        why/rank         the error for which this process has fallen silent
         verdict/g        who is missing from generation g: the first that is said holds for all
         candidate/rank   somebody wants to come in under this rank
 
@@ -92,6 +112,7 @@ class Watch:
         self.next_newcomer = next_newcomer
         self.grace = min(max(2.0, timeout / 10.0), 5.0)
         self._asked = 0
+        self._silent = False
         # Its own connection: a thread that waits for an answer must not hold up the other.
         background = connection(store)
         stop = threading.Event()
@@ -108,11 +129,32 @@ class Watch:
         while store.check([f"asked/{self._asked + 1}"]):
             self._asked += 1
             generation = int(store.get(f"asked/{self._asked}").decode().partition(" ")[0])
-            store.set(f"answer/{self._asked}/{self.rank}", self.phase)
+            if not self._silent:
+                store.set(f"answer/{self._asked}/{self.rank}", self.phase)
             self.alarmed = max(self.alarmed, generation)
         if self.next_newcomer is not None:
             while store.check([f"candidate/{self.next_newcomer}"]):
                 self.next_newcomer += 1
+
+    def enter(self, phase: str) -> None:
+        """This process is in a collective.
+
+        Args:
+            phase: of it.
+        """
+        self.phase = phase
+        if self._silent:
+            self.store.delete_key(f"why/{self.rank}")
+            self._silent = False
+
+    def leave(self, error: Exception) -> None:
+        """Fall silent, so that others take this process for missing, until it enters a collective again.
+
+        Args:
+            error: the reason.
+        """
+        self._silent = True
+        self.store.set(f"why/{self.rank}", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:160])
 
     def verdict(self, phase: str, *, timed_out: bool) -> Verdict:
         """What holds about the present generation, found out now if nobody has.
@@ -134,7 +176,8 @@ class Watch:
             missing = [rank for rank in self.members if rank not in answers]
             if timed_out and not missing:
                 missing = [rank for rank, where in answers.items() if not where]
-            self.propose(Verdict(missing=sorted(missing), phase=phase))
+            reasons = {str(r): self.store.get(f"why/{r}").decode() for r in missing if self.store.check([f"why/{r}"])}
+            self.propose(Verdict(missing=sorted(missing), reasons=reasons, phase=phase))
         return self.proposed()
 
     def propose(self, verdict: Verdict) -> None:

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +14,11 @@ from torch.optim import Optimizer
 
 from replica_newton.optim import ReplicaNewton
 from replica_newton.topology import Simulated
+from replica_newton.topology.processes import Processes
 from replica_newton.training.datasets import Dataset
 from replica_newton.training.methods import METHODS
 from replica_newton.training.models import reference_convnet
-from replica_newton.training.run import Epoch, RunState, save_run
+from replica_newton.training.run import Epoch, Progress, RunState, save_run
 
 EVALUATION_BATCH = 4096
 SHARPNESS_EVERY = 20
@@ -39,17 +41,29 @@ class Observer(Protocol):
         """The run is finished."""
 
 
-def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Observer) -> None:
-    """Train until the run is finished, from wherever it stands.
+def train(
+    state: RunState,
+    dataset: Dataset,
+    folder: Path | None,
+    observer: Observer,
+    *,
+    topology: Simulated | Processes | None = None,
+    leave: Callable[[Optimizer], bool] = lambda _: False,
+) -> None:
+    """Train until the run is finished, from wherever it stands, or until it is told to leave.
 
-    A run that was interrupted goes on from its last finished epoch and ends at the same bits as one that was not.
-    A run whose loss or gradient ceases to be finite ends there, with a training NLL of nan.
+    A run that was interrupted goes on from its last finished epoch, one that left from the step after which it did;
+    both end at the same bits as one that did neither. A run whose loss or gradient ceases to be finite ends there, with
+    a training NLL of nan. A server of a `ParameterServer` serves until the workers are done.
 
     Args:
         state: the run; changed in place as epochs finish.
         dataset: the data that its config names.
         folder: where to save after every epoch; None saves nothing.
         observer: is told of every step and epoch.
+        topology: of the processes, which all call this; None for replicas in this one.
+        leave: asked with the optimizer after every step but an epoch's last: whether to save and leave; says the same
+            in all processes.
 
     Raises:
         RunError: if the batch is larger than the training set.
@@ -59,27 +73,40 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     torch.manual_seed(config.seed)
     model = reference_convnet(dataset.input_shape, dataset.classes, activation=config.activation)
-    topology = Simulated(config.replicas)
+    topology = topology or Simulated(config.replicas)
     rate = config.learning_rate or 0.0
     optimizer = METHODS[config.method].make(model.parameters(), rate, topology)
     if state.random_state is not None:
         model.load_state_dict(state.model)
         optimizer.load_state_dict(deepcopy(state.optimizer))
         torch.set_rng_state(state.random_state)
+    newton = optimizer if isinstance(optimizer, ReplicaNewton) else None
 
-    completed = len(state.history)
-    observer.start_run(
-        config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed * steps_per_epoch
-    )
-    while not state.finished:
-        epoch = _train_epoch(state, dataset, model, topology, optimizer, observer)
-        state.history.append(epoch)
+    def save(steps: int) -> None:
         # Copies, because steps change tensors in place, and an interrupted epoch must leave no trace.
         state.model, state.optimizer = deepcopy((model.state_dict(), optimizer.state_dict()))
         state.random_state = torch.get_rng_state()
         if folder is not None:
-            save_run(state, folder)
-        observer.finish_epoch(epoch=epoch.epoch, train_nll=epoch.train_nll, test_accuracy=epoch.test_accuracy)
+            save_run(state, folder, topology, steps=steps)
+
+    if newton is not None and isinstance(topology, Processes) and not topology.is_worker:
+        newton.serve(save)
+        return
+    completed = len(state.history) * steps_per_epoch + state.progress.steps
+    observer.start_run(config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed)
+    left = False
+    while not state.finished and not left:
+        left = _train_epoch(state, dataset, model, topology, optimizer, observer, leave)
+        steps = len(state.history) * steps_per_epoch + state.progress.steps
+        if newton is not None:
+            newton.checkpoint(steps, save)
+        else:
+            save(steps)
+        if not left:
+            epoch = state.history[-1]
+            observer.finish_epoch(epoch=epoch.epoch, train_nll=epoch.train_nll, test_accuracy=epoch.test_accuracy)
+    if newton is not None:
+        newton.close()
     observer.finish_run()
 
 
@@ -125,34 +152,51 @@ def batches(size: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tenso
 
 
 def _train_epoch(
-    state: RunState, dataset: Dataset, model: nn.Module, topology: Simulated, optimizer: Optimizer, observer: Observer
-) -> Epoch:
-    """One epoch and its evaluation."""
-    config = state.config
+    state: RunState,
+    dataset: Dataset,
+    model: nn.Module,
+    topology: Simulated | Processes,
+    optimizer: Optimizer,
+    observer: Observer,
+    leave: Callable[[Optimizer], bool],
+) -> bool:
+    """The rest of an epoch and its evaluation; returns whether the run is to leave before the epoch is over."""
+    config, begun = state.config, state.progress
     before = state.history[-1] if state.history else Epoch(0, 0.0, 0.0, 0.0, 0, 0.0, fallbacks=0)
-    total, steps, evaluations, sharpness = 0.0, 0, 0, None
-    start = time.perf_counter()
+    total, steps, evaluations, sharpness = begun.loss, begun.steps, begun.gradient_evaluations, None
+    start = time.perf_counter() - begun.seconds
+    train_nll = math.nan
     try:
-        for indices in batches(len(dataset.train_labels), config.batch_size, config.seed, before.epoch):
+        indices = batches(len(dataset.train_labels), config.batch_size, config.seed, before.epoch)
+        for batch in islice(indices, begun.steps, None):
+            shard = _share(batch, topology)
             closure = topology.closure(
-                model, nn.functional.cross_entropy, dataset.train_inputs[indices], dataset.train_labels[indices]
+                model, nn.functional.cross_entropy, dataset.train_inputs[shard], dataset.train_labels[shard]
             )
-            loss = float(optimizer.step(closure))  # type: ignore[arg-type]
+            loss = math.nan
+            try:
+                loss = float(optimizer.step(closure))  # type: ignore[arg-type]
+            finally:
+                evaluations += closure.samples_evaluated
             if not math.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss}")
-            evaluations += closure.samples_evaluated
             total, steps = total + loss, steps + 1
             if steps % SHARPNESS_EVERY == 1:
                 sharpness, _ = _sharpness(optimizer)
             observer.step(loss=loss, sharpness=sharpness, learning_rate=float(optimizer.param_groups[0]["lr"]))
+            if steps < len(dataset.train_labels) // config.batch_size and leave(optimizer):
+                state.progress = Progress(steps, total, evaluations, time.perf_counter() - start)
+                _synchronise(optimizer)
+                return True
         seconds = time.perf_counter() - start
-        train_nll, _ = evaluate(model, dataset.train_inputs, dataset.train_labels)
+        _synchronise(optimizer)
+        train_nll, _ = _evaluate(model, dataset.train_inputs, dataset.train_labels, optimizer)
     except FloatingPointError:
-        seconds, train_nll = time.perf_counter() - start, math.nan
-        evaluations += closure.samples_evaluated
-    _, test_accuracy = evaluate(model, dataset.test_inputs, dataset.test_labels)
+        seconds = time.perf_counter() - start
+        _synchronise(optimizer)
+    _, test_accuracy = _evaluate(model, dataset.test_inputs, dataset.test_labels, optimizer)
     sharpness, residual = _sharpness(optimizer)
-    return Epoch(
+    epoch = Epoch(
         epoch=before.epoch + 1,
         train_loss=total / steps if steps else math.nan,
         train_nll=train_nll,
@@ -161,8 +205,38 @@ def _train_epoch(
         seconds=before.seconds + seconds,
         sharpness=sharpness,
         sharpness_residual=residual,
-        fallbacks=(before.fallbacks or 0) + _fallbacks(optimizer) if isinstance(optimizer, ReplicaNewton) else None,
+        fallbacks=optimizer.fallbacks if isinstance(optimizer, ReplicaNewton) else None,
     )
+    state.history.append(epoch)
+    state.progress = Progress()
+    return False
+
+
+def _synchronise(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, ReplicaNewton):
+        optimizer.synchronise()
+
+
+def _share(rows: Tensor, topology: Simulated | Processes) -> Tensor:
+    """This process's part of a batch or of a set: all of it in one process, one replica's over several."""
+    if not isinstance(topology, Processes):
+        return rows
+    return rows.tensor_split(topology.replicas)[topology.replica or 0]
+
+
+def _evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: Optimizer) -> tuple[float, float]:
+    """Mean negative log-likelihood and accuracy over a whole set, of which each worker evaluates a part."""
+    topology = optimizer.topology if isinstance(optimizer, ReplicaNewton) else None
+    if not isinstance(optimizer, ReplicaNewton) or not isinstance(topology, Processes):
+        return evaluate(model, inputs, labels)
+
+    def sums() -> Tensor:
+        part = _share(labels, topology)
+        means = evaluate(model, _share(inputs, topology), part) if len(part) else (0.0, 0.0)
+        return torch.tensor(means, dtype=torch.float64) * len(part)
+
+    nll, accuracy = (optimizer.total(sums) / len(labels)).tolist()
+    return nll, accuracy
 
 
 def _sharpness(optimizer: Optimizer) -> tuple[float | None, float | None]:
@@ -174,9 +248,3 @@ def _sharpness(optimizer: Optimizer) -> tuple[float | None, float | None]:
         return None, None
     top = int(pairs.values.argmax())
     return float(pairs.values[top]), float(pairs.residuals[top])
-
-
-def _fallbacks(optimizer: ReplicaNewton) -> int:
-    """Fallbacks since the last call."""
-    count, optimizer.fallbacks = optimizer.fallbacks, 0
-    return count

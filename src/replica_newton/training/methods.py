@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from replica_newton.optim import ReplicaNewton
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
-from replica_newton.topology import Simulated
+from replica_newton.topology import Topology
 from replica_newton.topology.simulated import Data
 
-Make = Callable[[Iterable[nn.Parameter], float, Simulated], Optimizer]
+Make = Callable[[Iterable[nn.Parameter], float, Topology], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,20 @@ class Method:
         parts_replicas: whether replicas stand at different parameters; where they do not, their number changes
             nothing and the method is run with one.
         make: optimizer of (parameters, rate, topology).
+        over_processes: whether replicas can live in processes of their own.
     """
 
     description: str
     learning_rate: float
     parts_replicas: bool
     make: Make
+    over_processes: bool = False
 
 
 def _replica_newton(
     rule: Rule, spread: type[LocalStep | RandomDirections], secant_data: Data, *, damping: float = 0.0
 ) -> Make:
-    def make(parameters: Iterable[nn.Parameter], rate: float, topology: Simulated) -> Optimizer:
+    def make(parameters: Iterable[nn.Parameter], rate: float, topology: Topology) -> Optimizer:
         return ReplicaNewton(
             parameters,
             rate,
@@ -57,10 +59,14 @@ METHODS: dict[str, Method] = {
     "momentum": Method("SGD with momentum 0.9", 0.03, False, lambda w, rate, _: torch.optim.SGD(w, rate, momentum=0.9)),
     "adam": Method("Adam", 0.01, False, lambda w, rate, _: torch.optim.Adam(w, rate)),
     "paper": Method(
-        "the paper's step, secants on every replica's own shard", 0.05, True, _replica_newton("paper", LocalStep, "own")
+        "the paper's step, secants on every replica's own shard",
+        0.05,
+        True,
+        _replica_newton("paper", LocalStep, "own"),
+        True,
     ),
     "paper-common": Method(
-        "the paper's step, secants on one common shard", 0.1, True, _replica_newton("paper", LocalStep, "common")
+        "the paper's step, secants on one common shard", 0.1, True, _replica_newton("paper", LocalStep, "common"), True
     ),
     "paper-random": Method(
         "control: as paper-common, replicas displaced in random directions",
@@ -74,5 +80,6 @@ METHODS: dict[str, Method] = {
         0.1,
         True,
         _replica_newton("saddle-free", LocalStep, "common", damping=1.0),
+        True,
     ),
 }

@@ -3,17 +3,19 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from replica_newton.checkpoints.folder import CheckpointError, newest_checkpoint, write_checkpoint
 from replica_newton.files import replace_file
+from replica_newton.topology import Simulated, Topology
+from replica_newton.topology.estimate import Kind
 from replica_newton.training.methods import METHODS
 from replica_newton.training.models import Activation
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 MAX_SEED = 2**32 - 1
 MAX_RATE = 1e30
@@ -39,6 +41,8 @@ class RunConfig:
         seed: of the initial parameters and the order of the data, in 0 … 2³² − 1.
         activation: of the reference network.
         train_limit: number of training samples, the first ones; None for all.
+        topology: where the replicas live: in this process, or over several ("tree", "server").
+        servers: S, the processes that are servers; 0 where there are none.
 
     Raises:
         RunError: if a setting is out of range.
@@ -53,6 +57,8 @@ class RunConfig:
     seed: int = 0
     activation: Activation = "relu"
     train_limit: int | None = None
+    topology: Kind = "simulated"
+    servers: int = 0
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
@@ -62,6 +68,19 @@ class RunConfig:
         _require(
             self.batch_size % self.replicas == 0,
             f"replicas must divide the batch size {self.batch_size}, got {self.replicas}",
+        )
+        _require(
+            self.topology in get_args(Kind),
+            f"topology must be one of {', '.join(get_args(Kind))}, got {self.topology!r}",
+        )
+        _require(
+            self.topology == "simulated" or METHODS[self.method].over_processes,
+            f"topology must be simulated for method {self.method}, got {self.topology}",
+        )
+        _require(
+            self.servers >= 1 if self.topology == "server" else self.servers == 0,
+            f"servers must be {'>= 1' if self.topology == 'server' else '0'} for topology {self.topology}, "
+            f"got {self.servers}",
         )
         activations = get_args(Activation)
         _require(
@@ -79,7 +98,13 @@ class RunConfig:
     def label(self) -> str:
         """The run in a few words."""
         replicas = f", M = {self.replicas}" if METHODS[self.method].parts_replicas else ""
-        return f"{self.method}{replicas}, rate {self.learning_rate:g}, seed {self.seed}"
+        topology = "" if self.topology == "simulated" else f", {self.topology}"
+        return f"{self.method}{replicas}, rate {self.learning_rate:g}, seed {self.seed}{topology}"
+
+    @property
+    def processes(self) -> int:
+        """How many processes the run takes."""
+        return 1 if self.topology == "simulated" else self.replicas + self.servers
 
     def check_fits(self, train_samples: int) -> None:
         """Check that an epoch holds at least one batch.
@@ -123,13 +148,31 @@ class Epoch:
     fallbacks: int | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far an epoch has come that a run was told to leave.
+
+    Attributes:
+        steps: steps taken.
+        loss: sum of their losses.
+        gradient_evaluations: samples whose gradient was computed in them.
+        seconds: time they took.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    gradient_evaluations: int = 0
+    seconds: float = 0.0
+
+
 @dataclass
 class RunState:
-    """A run as far as it has come.
+    """A run as far as it has come, as one of its processes knows it.
 
     Attributes:
         config: its settings.
-        history: one entry a finished epoch.
+        history: one entry a finished epoch; a server has none.
+        progress: in the epoch after these.
         model: `state_dict` of the network.
         optimizer: `state_dict` of the optimizer.
         random_state: torch's global random state on the CPU.
@@ -137,6 +180,7 @@ class RunState:
 
     config: RunConfig
     history: list[Epoch] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     random_state: torch.Tensor | None = None
@@ -184,56 +228,64 @@ class RunState:
         }
 
 
-def save_run(state: RunState, folder: Path) -> None:
-    """Write the checkpoint and `metrics.jsonl` of a run, each whole or not at all.
+def save_run(state: RunState, folder: Path, topology: Topology | None = None, *, steps: int = 0) -> None:
+    """Write a checkpoint and `metrics.jsonl` of a run, each whole or not at all.
 
     Args:
-        state: the run after an epoch.
+        state: the run after an epoch, or as it leaves one; each process has its own.
         folder: where the files go.
+        topology: of the processes, which all call this; None for one alone. The metrics are those of the first worker.
+        steps: of training so far.
     """
-    content = BytesIO()
-    torch.save(
-        {
-            "config": asdict(state.config),
-            "history": [asdict(epoch) for epoch in state.history],
-            "model": state.model,
-            "optimizer": state.optimizer,
-            "random_state": state.random_state,
-        },
-        content,
-    )
-    lines = (
-        json.dumps({name: finite_or_none(value) for name, value in asdict(epoch).items()}) + "\n"
-        for epoch in state.history
-    )
+    topology = topology or Simulated(1)
+    content = {
+        "config": asdict(state.config),
+        "history": [asdict(epoch) for epoch in state.history],
+        "progress": asdict(state.progress),
+        "model": state.model,
+        "optimizer": state.optimizer,
+        "random_state": state.random_state,
+    }
     # The checkpoint comes last: it decides what a resumed run knows, so a finished run never lacks a line of metrics.
-    replace_file(folder / METRICS, "".join(lines).encode())
-    replace_file(folder / CHECKPOINT, content.getvalue())
+    if topology.position == topology.layout.first_worker:
+        lines = (
+            json.dumps({name: finite_or_none(value) for name, value in asdict(epoch).items()}) + "\n"
+            for epoch in state.history
+        )
+        replace_file(folder / METRICS, "".join(lines).encode())
+    write_checkpoint(folder / CHECKPOINTS, steps, content, topology)
 
 
-def load_run(folder: Path) -> RunState | None:
-    """The run saved in a folder.
+def load_run(folder: Path, topology: Topology | None = None) -> RunState | None:
+    """The run saved in a folder, from its newest checkpoint that is whole.
 
     Args:
         folder: where `save_run` wrote.
+        topology: of the processes, which all call this; None for one alone.
 
     Returns:
-        The run, None if the folder holds none.
+        The run as this process knew it, or the first worker if other processes saved it; None if the folder holds none.
 
     Raises:
-        RunError: if there is a checkpoint that cannot be read.
+        RunError: if there is a checkpoint, and none that can be read.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
+    topology = topology or Simulated(1)
+    try:
+        saved = newest_checkpoint(folder / CHECKPOINTS, topology)
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
+    if saved is None:
         return None
     try:
-        content = torch.load(path, weights_only=True)
+        content = saved.content(topology.position if saved.layout == topology.layout else saved.layout.first_worker)
         config = RunConfig(**content.pop("config"))
         history = [Epoch(**epoch) for epoch in content.pop("history")]
-        return RunState(config, history, **content)
-    except Exception as error:  # torch.load raises whatever zip, pickle and the operating system raise
+        return RunState(config, history, Progress(**content.pop("progress")), **content)
+    except Exception as error:  # whatever is wrong with a file that somebody else has written
         reason = str(error).partition("\n")[0]
-        raise RunError(f"{path}: not a readable checkpoint ({reason}); delete it to train from the start") from error
+        raise RunError(
+            f"{saved.path}: not a readable checkpoint ({reason}); delete {folder} to train from the start"
+        ) from error
 
 
 def finite_or_none(value: Any) -> Any:
