@@ -1,6 +1,7 @@
 """Learning rates under a ceiling of measured sharpness."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ class Run:
         self.ceiling = SharpnessCeiling(self.optimizer, self.monitor, scheduler=scheduler, **options)
 
     def loss(self) -> torch.Tensor:
+        """Of the whole batch."""
         return self.problem.criterion(self.problem.module(*self.problem.inputs), self.problem.targets)
 
     def step(self) -> float:
@@ -43,7 +45,7 @@ def test_the_rate_warms_up_to_the_fraction_of_the_stable_one(momentum: float, fr
     run = Run(momentum=momentum, fraction=fraction, start=1e-3, growth=1.2)
     rates = [run.step() for _ in range(60)]
     assert rates[:3] == [1e-3] * 3  # no sharpness before the third probe
-    assert all(after <= 1.2 * before * (1 + 1e-12) for before, after in zip(rates, rates[1:], strict=False))
+    assert all(after <= 1.2 * before * (1 + 1e-12) for before, after in pairwise(rates))
     assert rates[-1] == pytest.approx(fraction * 2.0 * (1.0 + momentum) / 50.0, rel=1e-3)
     assert run.monitor.last.stability_ratio <= fraction * 1.01
 

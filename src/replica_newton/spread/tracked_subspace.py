@@ -194,7 +194,7 @@ class TrackedSubspace:
         return rotation
 
     def _note_spread(self, coordinates: Tensor, innovations: Tensor) -> None:
-        """Variances of the Ritz values after a probe; `coordinates`, `(order, count)`, are those of the pairs in its directions."""
+        """Variances after a probe, in whose directions the pairs have the coordinates `(order, count)`."""
         weights = coordinates.double().cpu().square()
         squares = inner_products(self._vectors, innovations).square()
         variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
