@@ -14,7 +14,7 @@ class CurvatureObservation:
         eigenvalues: `(rank,)` fp64, Hessian eigenvalues, signed, by magnitude descending; empty until every direction
             has been probed once.
         residuals: `(rank,)` fp64, `‖H x − θ x‖` of each pair; a value below its residual is not to be trusted.
-        uncertainties: `(rank,)` fp64, standard error of each eigenvalue from the spread of the responses; nan until a
+        uncertainties: `(rank,)` fp64, standard error of each eigenvalue from the spread of the responses; inf until a
             direction has been probed for the second time.
         sharpness: largest eigenvalue, nan until there is one.
         preconditioned_sharpness: largest eigenvalue of `P^-½ (H + λI) P^-½`, P the metric of the attached optimizer and

@@ -66,7 +66,7 @@ class TrackedSubspace:
         self._vectors = torch.zeros_like(self._directions)
         self._responses = torch.zeros_like(self._directions)
         self._values = torch.zeros(order, dtype=torch.float64)
-        self._variances = torch.full((order,), torch.nan, dtype=torch.float64)
+        self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
         self._averaged = 1.0
 
     def directions(self, count: int) -> Tensor:
@@ -144,7 +144,7 @@ class TrackedSubspace:
 
     @property
     def uncertainties(self) -> Tensor:
-        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; nan until a second probe, as above."""
+        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
         deviations = (self._averaged * self._variances).sqrt()
         return deviations[: self.order if self.sweeps else 0]
 
@@ -188,6 +188,8 @@ class TrackedSubspace:
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T.to(self._directions)
+        # A sign is no property of an eigenvector, but one of the mixture with others.
+        rotation = torch.where(rotation[:, :1] < 0.0, -rotation, rotation)
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
