@@ -11,6 +11,7 @@ arXiv 2103.00065), under Adam with β₁ = 0.9 at 38/rate, in Adam's metric (Coh
 
 import argparse
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("replica_newton").setLevel(logging.ERROR)  # that the limit is passed is what is to be shown
     with Progress(transient=True) as progress:
         task = progress.add_task("training", total=sum(len(half.rates) for half in HALVES) * options.steps)
         runs = {

@@ -55,6 +55,9 @@ class CurvatureMonitor:
         seed: of the first directions.
 
     Attributes:
+        optimizer: the one that is attached, None without.
+        subspace: what follows H.
+        preconditioned: what follows `P^-½ H P^-½` beside Adam and AdamW, else None.
         last: newest `CurvatureObservation`, None before the first.
         samples_evaluated: samples whose gradient the probes computed; counted for a `ReplicaClosure` only.
 
