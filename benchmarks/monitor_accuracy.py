@@ -153,7 +153,7 @@ def relative_errors(runs: list[list[dict[str, Any]]], name: str) -> dict[str, fl
 
 def coverage(runs: list[list[dict[str, Any]]], name: str) -> float:
     """Share of the exact top five in the intervals of the monitor that are meant to hold 90 % of them."""
-    inside = [
+    inside: list[bool] = [
         abs(value - exact) <= NORMAL_90 * uncertainty
         for entry in (entry for run in runs for entry in run)
         for value, uncertainty, exact in zip(

@@ -150,8 +150,8 @@ class TrackedSubspace:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
-        names = ("order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values")
-        names += ("_variances", "_averaged")
+        names = ["order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values"]
+        names += ["_variances", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,4 +224,5 @@ def _cosines(order: int) -> Tensor:
     """Orthogonal matrix with entries of nearly equal size: the discrete cosine transform, second type."""
     index = torch.arange(order, dtype=torch.float64)
     rows = torch.cos(torch.pi / order * index[:, None] * (index + 0.5))
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    cosines: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return cosines
