@@ -130,6 +130,14 @@ class CurvatureMonitor:
             self.last = self._probe(step, evaluate)
         return self.last
 
+    def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
+        """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`."""
+        return self.subspace.hvp(z, bulk=bulk)
+
+    def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
+        """Product with the damped inverse on the tracked pairs; see `TrackedSubspace.inverse_hvp`."""
+        return self.subspace.inverse_hvp(z, damping, bulk=bulk, absolute=absolute)
+
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: the tracked space and the count of steps."""
         return {"steps": self.steps, "subspace": self.subspace.state_dict()}

@@ -7,7 +7,7 @@ from replica_newton.curvature.gram import inner_products
 
 # Extra pairs that a restart keeps, and room for new blocks between two restarts, in blocks.
 _GUARD_BLOCKS, _ROOM_BLOCKS = 1, 4
-# Rows of unit length that have lost all but this to the basis are rounding; random ones keep about (1 − n/N)^½.
+# What a row of unit length has outside the basis is rounding below this; random rows keep about (1 − n/N)^½.
 _LOST = 1e-3
 # Eigenvalues below this share of the largest are not told from zero: differences of gradients do not show them.
 _RESOLUTION = 1e-6
@@ -75,9 +75,10 @@ class KrylovSubspace:
         self._values = torch.zeros(0, dtype=torch.float64)
 
     def directions(self) -> Tensor:
-        """Directions to probe next, `(count, N)`, orthonormal rows; none when there is nothing left to find out.
+        """Directions to probe next.
 
-        The count is `block`, less where fewer pairs have not converged.
+        Returns:
+            `(count, N)`, orthonormal rows: `block` of them, fewer where fewer pairs are open, none when all converged.
         """
         return self._directions
 
@@ -151,10 +152,7 @@ class KrylovSubspace:
         return self._orthonormal(torch.nn.functional.normalize(errors, dim=1, eps=torch.finfo(errors.dtype).tiny))
 
     def _orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormal basis of what rows of unit length have outside the basis, and of random rows where that is none.
-
-        A residual that is rounding points back into the basis; what little it has outside is no direction.
-        """
+        """Orthonormal basis of what rows of unit length have outside the basis; random directions where that is none."""
         passes, lost = 0, torch.ones(1, dtype=torch.bool)
         while passes < 2 or bool(lost.any()):  # twice is enough where nothing is lost (Parlett 1998, section 6.9)
             columns, lengths = torch.linalg.qr((rows - (rows @ self._basis.T) @ self._basis).T)
