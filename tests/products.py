@@ -11,7 +11,7 @@ class MatrixProducts:
     def __init__(self, H: Tensor) -> None:
         self.H, self.size, self.device, self.gradients = H, len(H), H.device, 0
 
-    def __call__(self, vectors: Tensor, advance: Callable[[float], None] | None = None) -> Tensor:
+    def __call__(self, vectors: Tensor, advance: Callable[[float], None] | None = None) -> Tensor:  # noqa: D102
         self.gradients += len(vectors)
         if advance is not None:
             advance(1.0)

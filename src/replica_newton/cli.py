@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
 import replica_newton
@@ -22,7 +22,9 @@ from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
 from replica_newton.report.tables import load_table, results_table
+from replica_newton.report.watching import check_trackers, watching
 from replica_newton.topology.estimate import estimate as estimate_load
+from replica_newton.trackers import TRACKERS
 from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, DataError, load_dataset
 from replica_newton.training.loop import train as train_run
@@ -86,7 +88,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 @app.command(
     epilog="Examples:\n\n[bold]replica-newton train --method paper --replicas 8[/bold]\n\n"
     "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]\n\n"
-    "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]"
+    "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]\n\n"
+    "[bold]replica-newton train --method sgd --monitor 10 --tracker jsonl[/bold]"
 )
 def train(
     method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
@@ -105,6 +108,14 @@ def train(
     threads: ThreadsOption = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default in runs/, named after it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, or start it.")] = False,
+    monitor: Annotated[
+        int | None,
+        typer.Option(min=1, help="Probe the curvature every so many steps: a live panel, and OUT/curvature.jsonl."),
+    ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Log every step to {', '.join(TRACKERS)}; may be given several times."),
+    ] = None,
 ) -> None:
     """Train the reference convnet, saving metrics and a checkpoint after every epoch."""
     if replicas is None:
@@ -130,12 +141,17 @@ def train(
     state = RunState(config) if state is None else state.continued(config)
     loaded = load_dataset(dataset, data, train_limit=train_limit)
     config.check_fits(len(loaded.train_labels))
+    check_trackers(tracker or [])
     _make_folder(folder)
 
     console = Console()
-    with _progress(console) as progress:
+    completed = len(state.history) * (len(loaded.train_labels) // config.batch_size)
+    with (
+        watching(config, folder, completed, monitor=monitor, trackers=tracker or []) as looking_on,
+        _progress(console, looking_on.panel) as progress,
+    ):
         try:
-            train_run(state, loaded, folder, progress)
+            train_run(state, loaded, folder, looking_on.observer(progress), looking_on.watch)
         except KeyboardInterrupt:
             _interrupted(f"after epoch {len(state.history)} of {epochs}; go on by --resume")
     console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
@@ -378,7 +394,7 @@ def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[TrainingProgress]:
+def _progress(console: Console, below: RenderableType | None = None) -> Iterator[TrainingProgress]:
     """Live display, above which the library's log lines appear, each once."""
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     said: set[str] = set()
@@ -386,7 +402,7 @@ def _progress(console: Console) -> Iterator[TrainingProgress]:
     logger = logging.getLogger("replica_newton")
     logger.addHandler(handler)
     try:
-        with TrainingProgress(console) as progress:
+        with TrainingProgress(console, below=below) as progress:
             yield progress
     finally:
         logger.removeHandler(handler)

@@ -71,7 +71,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(_missing("tensorboard")) from error
+            raise ImportError(missing_package("tensorboard")) from error
         purged = first_step + 1 if first_step else None
         self._writer: Any = SummaryWriter(str(folder), purge_step=purged)  # type: ignore[no-untyped-call]
 
@@ -101,7 +101,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(_missing("wandb")) from error
+            raise ImportError(missing_package("wandb")) from error
         folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(silent=True)
         self._run: Any = wandb.init(project=PROJECT, name=name, dir=str(folder), mode=mode, settings=settings)
@@ -131,7 +131,7 @@ class MlflowTracker:
             from mlflow.entities import Metric
             from mlflow.tracking import MlflowClient
         except ImportError as error:
-            raise ImportError(_missing("mlflow")) from error
+            raise ImportError(missing_package("mlflow")) from error
         folder.mkdir(parents=True, exist_ok=True)
         self._client: Any = MlflowClient(tracking_uri=f"sqlite:///{folder.resolve() / 'mlflow.db'}")
         experiment = self._client.get_experiment_by_name(PROJECT)
@@ -167,8 +167,9 @@ class TrackioTracker:
         try:
             import trackio
         except ImportError as error:
-            raise ImportError(_missing("trackio")) from error
+            raise ImportError(missing_package("trackio")) from error
         with contextlib.redirect_stdout(io.StringIO()):  # it greets
+            self._finish = trackio.finish  # of the run alone, it would be ended and announced again at exit
             self._run: Any = trackio.init(PROJECT, name=name, embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -178,7 +179,7 @@ class TrackioTracker:
     def close(self) -> None:
         """End the run; see `Tracker`."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._finish()
 
 
 TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {
@@ -191,7 +192,15 @@ TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {
 """Trackers by name: made from the folder and name of a run, and the number of steps taken before."""
 
 
-def _missing(name: str) -> str:
+def missing_package(name: str) -> str:
+    """What to say where the package of a tracker is not installed.
+
+    Args:
+        name: of the tracker and of the package.
+
+    Returns:
+        One line that says how to install it.
+    """
     return f"the tracker {name} needs a package of that name: pip install 'replica-newton[{name}]'"
 
 

@@ -1,4 +1,4 @@
-"""Products on known eigenpairs against dense matrices, and the properties that make the one the inverse of the other."""
+"""Products on known eigenpairs against dense matrices, and properties: the one is the inverse of the other."""
 
 import networks
 import pytest

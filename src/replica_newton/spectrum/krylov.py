@@ -152,7 +152,7 @@ class KrylovSubspace:
         return self._orthonormal(torch.nn.functional.normalize(errors, dim=1, eps=torch.finfo(errors.dtype).tiny))
 
     def _orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormal basis of what rows of unit length have outside the basis; random directions where that is none."""
+        """Orthonormal basis of what unit rows have outside the basis; random directions where that is nothing."""
         passes, lost = 0, torch.ones(1, dtype=torch.bool)
         while passes < 2 or bool(lost.any()):  # twice is enough where nothing is lost (Parlett 1998, section 6.9)
             columns, lengths = torch.linalg.qr((rows - (rows @ self._basis.T) @ self._basis).T)
