@@ -100,4 +100,4 @@ def test_beyond_the_limit_a_quadratic_diverges_and_below_it_does_not(momentum: f
             optimizer.zero_grad()
             (0.5 * factor * limit * w**2).sum().backward()
             optimizer.step()
-        assert (abs(float(w)) > 1.0) == grows
+        assert (abs(w.item()) > 1.0) == grows

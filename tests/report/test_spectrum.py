@@ -98,8 +98,8 @@ def test_a_pipe_gets_one_line_a_sweep():
 
 def test_a_terminal_shows_the_table_grow_and_keeps_it(monkeypatch: pytest.MonkeyPatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30, color_system=None, _environ={})
-    clock = iter([100.0, 110.0, 200.0, 230.0])
-    monkeypatch.setattr("replica_newton.report.spectrum_progress.time.monotonic", lambda: next(clock))
+    clock = [100.0]
+    monkeypatch.setattr("replica_newton.report.spectrum_progress.time.monotonic", lambda: clock[0])
     progress = SpectrumProgress(console, "Hessian", 3, 10)
     progress.finish_sweep(SWEEPS[0])
     progress.advance(0.5)
@@ -110,13 +110,16 @@ def test_a_terminal_shows_the_table_grow_and_keeps_it(monkeypatch: pytest.Monkey
         shown.print(progress._render())
         return [line.rstrip() for line in shown.file.getvalue().splitlines()]
 
+    clock[0] = 110.0
     assert now()[-1].startswith("sweep 2/10")
+    assert now()[-1].endswith("10%  ≤ 1:30 left")
     progress.start_density(4)
     progress.advance(3.0)
+    clock[0] = 140.0
     last = now()[-1]
     assert last.startswith("density 4/4")
     assert last.endswith("75%       0:10 left")
     monkeypatch.undo()
     with progress:
         progress.finish_sweep(SWEEPS[1])
-    assert console.file.getvalue().rstrip().endswith("residual: largest ‖Hx − θx‖/|θ|")
+    assert console.file.getvalue().rstrip().endswith("pairs: converged")

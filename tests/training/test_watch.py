@@ -12,7 +12,7 @@ from replica_newton.training.run import RunConfig, RunState
 from replica_newton.training.watch import RANK, CurvatureWatch, TrackedRun, curvature_values, log_finite
 
 
-class Recorder:
+class _Recorder:
     """Tracker and observer that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Recorder:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.logged.append((step, dict(values)))
 
-    def start_run(self, label: str, **_: int) -> None:
+    def start_run(self, _: str, **__: int) -> None:
         self.told.append("start")
 
     def step(self, **_: float | None) -> None:
@@ -48,8 +48,8 @@ def config(method: str, epochs: int = 2) -> RunConfig:
 def test_a_watched_run_is_the_same_bit_for_bit(method: str, digits: Dataset):
     seen = []
     watched, alone = RunState(config(method)), RunState(config(method))
-    train(watched, digits, None, Recorder(), CurvatureWatch(2, lambda step, what: seen.append((step, what))))
-    train(alone, digits, None, Recorder())
+    train(watched, digits, None, _Recorder(), CurvatureWatch(2, lambda step, what: seen.append((step, what))))
+    train(alone, digits, None, _Recorder())
     assert all(torch.equal(watched.model[name], value) for name, value in alone.model.items())
     assert torch.equal(watched.random_state, alone.random_state)
     for left, right in zip(watched.history, alone.history, strict=True):
@@ -59,12 +59,12 @@ def test_a_watched_run_is_the_same_bit_for_bit(method: str, digits: Dataset):
 
 
 def test_a_resumed_run_goes_on_with_the_number_of_its_steps(digits: Dataset):
-    steps, tracker = [], Recorder()
+    steps, tracker = [], _Recorder()
     state = RunState(config("sgd", epochs=1))
-    train(state, digits, None, Recorder())
+    train(state, digits, None, _Recorder())
     longer = state.continued(config("sgd", epochs=2))
     train(
-        longer, digits, None, TrackedRun(Recorder(), [tracker]), CurvatureWatch(3, lambda step, _: steps.append(step))
+        longer, digits, None, TrackedRun(_Recorder(), [tracker]), CurvatureWatch(3, lambda step, _: steps.append(step))
     )
     assert steps == [5, 8]
     assert [step for step, _ in tracker.logged] == [5, 6, 7, 8, 8]
@@ -96,7 +96,7 @@ def test_a_watch_needs_a_positive_interval():
 
 
 def test_everything_is_passed_on_and_logged(digits: Dataset):
-    display, tracker, losses = Recorder(), Recorder(), []
+    display, tracker, losses = _Recorder(), _Recorder(), []
     train(RunState(config("sgd", epochs=1)), digits, None, TrackedRun(display, [tracker], losses.append))
     assert display.told == ["start", *["step"] * 4, "epoch", "finish"]
     assert [step for step, _ in tracker.logged] == [1, 2, 3, 4, 4]
@@ -106,7 +106,7 @@ def test_everything_is_passed_on_and_logged(digits: Dataset):
 
 
 def test_what_is_missing_or_not_finite_is_not_logged():
-    tracker = Recorder()
+    tracker = _Recorder()
     log_finite([tracker], 3, {"a": 1.0, "b": None, "c": float("nan"), "d": float("inf")})
     log_finite([tracker], 4, {"b": None})
     assert tracker.logged == [(3, {"a": 1.0})]
@@ -115,7 +115,7 @@ def test_what_is_missing_or_not_finite_is_not_logged():
 def test_values_of_an_observation_are_numbered_from_one(digits: Dataset):
     seen = []
     watch = CurvatureWatch(1, lambda _, what: seen.append(what))
-    train(RunState(config("sgd", epochs=1)), digits, None, Recorder(), watch)
+    train(RunState(config("sgd", epochs=1)), digits, None, _Recorder(), watch)
     values = curvature_values(seen[-1])
     assert values["curvature/sharpness"] == seen[-1].sharpness
     assert values["curvature/eigenvalue_8"] == float(seen[-1].eigenvalues[7])

@@ -96,8 +96,8 @@ class CurvaturePanel:
 
     def _eigenvalue_bar(self, value: float, error: float, width: int) -> Text:
         """Length by magnitude, colour by sign; dim where the residual is larger than the value."""
-        largest = max((abs(one) for one, _ in self._pairs()), default=0.0)
-        bar = _bar(abs(value) / largest if largest > 0.0 else 0.0, width)
+        largest = max((abs(one) for one, _ in self._pairs() if math.isfinite(one)), default=0.0)
+        bar = _bar(min(abs(value) / largest, 1.0) if largest > 0.0 and not math.isnan(value) else 0.0, width)
         colour = "cyan" if value >= 0.0 else "magenta"
         return Text(bar, style=f"dim {colour}" if error > abs(value) else colour)
 

@@ -20,7 +20,7 @@ from replica_newton.spectrum import Spectrum, Sweep
 from replica_newton.spectrum.density import SpectralDensity
 
 _POSITIVE, _NEGATIVE, _GREY = "#0072B2", "#D55E00", "#707070"
-_SHOWN = 5
+_IN_TABLE, _SHOWN = 3, 5
 
 
 def sweeps_table(sweeps: Sequence[Sweep], top: int) -> Table:
@@ -34,15 +34,15 @@ def sweeps_table(sweeps: Sequence[Sweep], top: int) -> Table:
         The table.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, caption_justify="left")
-    table.caption = "gradients: over the whole data set; residual: largest ‖Hx − θx‖/|θ|"
-    for heading in ("sweep", "gradients", "sharpness", "first eigenvalues by |θ|", "residual", "converged"):
+    table.caption = "gradients: over the whole data set; residual: largest ‖Hx − θx‖/|θ|; pairs: converged"
+    for heading in ("sweep", "gradients", "sharpness", "θ, largest |θ| first", "residual", "pairs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in sweeps:
         table.add_row(
             str(one.sweep),
             str(one.gradients),
             f"{one.sharpness:.4g}",
-            "  ".join(f"{value:.3g}" for value in one.eigenvalues[: _SHOWN - 1]),
+            "  ".join(f"{value:.3g}" for value in one.eigenvalues[:_IN_TABLE]),
             f"{one.residual:.1e}",
             f"{one.converged}/{top}",
         )
