@@ -12,11 +12,12 @@ observation of the monitor costs what its block of steps takes longer.
 
 Writes `monitor_cost.json`, `.png` and `.svg`.
 
-    python benchmarks/monitor_cost.py --data mnist.npz                        # a few minutes
-    python benchmarks/monitor_cost.py --data mnist.npz --steps 120 --blocks 2 # a look
+    python benchmarks/monitor_cost.py --data mnist.npz                        # ten minutes
+    python benchmarks/monitor_cost.py --data mnist.npz --steps 130 --blocks 2 # a look
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -43,6 +44,8 @@ REFERENCE_SAMPLES, REFERENCE_STEPS = 2000, 40
 LANCZOS_SAMPLES, LANCZOS_STEPS = (256, 512, 1024, 2000), 20
 COLOURS = {"1 process, a gradient more": "#009E73", "1 process": "#0072B2", "8 replicas": "#D55E00"}
 LIMIT = 1.15
+FIRST_STEP, COMPARED_EVERY = 120, 6 * EVERY
+"""Before its second sweep of directions, in turn, a monitor in one process knows nothing to compare."""
 
 
 class Run:
@@ -88,10 +91,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=60, help="blocks of ten steps timed for each mode (default 60)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     options = parser.parse_args()
+    if options.steps <= FIRST_STEP or options.blocks < 1:
+        parser.error(f"--steps must be > {FIRST_STEP} and --blocks >= 1, got {options.steps} and {options.blocks}")
     torch.set_num_threads(1)
     dataset = load_dataset("mnist", options.data)
     blocks = time_blocks(dataset, options.blocks)
-    against = [compare(dataset, mode, options.steps, blocks) for mode in COLOURS]
+    against = compare(dataset, options.steps, blocks)
     result = {
         "batch": BATCH,
         "every": EVERY,
@@ -105,7 +110,7 @@ def main() -> None:
     replace_file(options.out / "monitor_cost.json", (json.dumps(result, indent=1) + "\n").encode())
     save_figure(draw(result), options.out, "monitor_cost")
     console = Console()
-    for mode, one in zip(COLOURS, against, strict=True):
+    for mode, one in against["modes"].items():
         console.print(
             f"{mode}: a step takes {blocks[mode]['ratio']:.3f} times as long; {describe(one)}", highlight=False
         )
@@ -143,44 +148,51 @@ def time_blocks(dataset: Dataset, repetitions: int) -> dict[str, Any]:
     return {mode: {"ms": ms, "ratio": ms / medians["none"]} for mode, ms in medians.items()}
 
 
-def compare(dataset: Dataset, mode: str, steps: int, blocks: dict[str, Any]) -> dict[str, Any]:
-    """The monitor's error while training, and the cheapest Lanczos that is as good."""
-    run = Run(dataset, mode)
-    monitor_errors: list[float] = []
+def compare(dataset: Dataset, steps: int, blocks: dict[str, Any]) -> dict[str, Any]:
+    """The monitors' errors while training, and for each the cheapest Lanczos that is as good."""
+    runs = {mode: Run(dataset, mode) for mode in COLOURS}  # the same trajectory, as monitors leave no trace
+    monitor_errors: dict[str, list[float]] = {mode: [] for mode in runs}
     errors: dict[tuple[int, int], list[float]] = {}
     times: dict[int, list[float]] = {samples: [] for samples in LANCZOS_SAMPLES}
-    for step in track(range(steps), mode, transient=True):
-        before = {name: value.clone() for name, value in run.model.state_dict().items()}
-        seen = run.step()
-        # Not before the space has had time to turn to what is sharp: a sixth of the run.
-        if seen is None or step < steps // 6 or step % (6 * EVERY) or not seen.eigenvalues.numel():
+    for step in track(range(steps), "accuracy", transient=True):
+        model = copy.deepcopy(runs["8 replicas"].model)  # where the monitors are about to look
+        seen = {mode: run.step() for mode, run in runs.items()}
+        if step < FIRST_STEP or step % COMPARED_EVERY:
             continue
-        model = reference_convnet(dataset.input_shape)
-        model.load_state_dict(before)  # where the monitor looked
         truth = lanczos(model, dataset, 0, REFERENCE_SAMPLES, REFERENCE_STEPS)[0][-1]
-        monitor_errors.append(abs(seen.sharpness - truth) / truth)
+        for mode, observation in seen.items():
+            if observation is not None:
+                monitor_errors[mode].append(abs(observation.sharpness - truth) / truth)
         for samples in LANCZOS_SAMPLES:
             # Other samples than the truth's, as the monitor's are.
             values, seconds = lanczos(model, dataset, REFERENCE_SAMPLES + step * BATCH, samples, LANCZOS_STEPS)
             times[samples].append(1e3 * seconds / LANCZOS_STEPS)
             for taken, value in enumerate(values, start=1):
                 errors.setdefault((samples, taken), []).append(abs(value - truth) / truth)
-    reached = statistics.median(monitor_errors)
     products = {samples: statistics.median(ms) for samples, ms in times.items()}
     settings = [
         {"samples": n, "steps": k, "error": statistics.median(found), "ms": k * products[n]}
         for (n, k), found in errors.items()
     ]
+    return {
+        "settings": settings,
+        "modes": {mode: beside(blocks, mode, monitor_errors[mode], settings) for mode in runs},
+    }
+
+
+def beside(
+    blocks: dict[str, Any], mode: str, monitor_errors: list[float], settings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One monitor beside the cheapest Lanczos that is as good."""
+    reached = statistics.median(monitor_errors)
     cheapest = min((one for one in settings if one["error"] <= reached), key=lambda one: one["ms"], default=None)
     observation = blocks[mode]["ms"] - blocks["none"]["ms"]
     return {
-        "mode": mode,
         "observations": len(monitor_errors),
         "monitor_error": reached,
         "observation_ms": observation,
         "cheapest": cheapest,
         "times_cheaper": None if cheapest is None else cheapest["ms"] / observation,
-        "settings": settings,
     }
 
 
@@ -211,7 +223,7 @@ def draw(result: dict[str, Any]) -> Figure:
         share.grid(visible=False, axis="y")
         share.set_xlabel(f"time of a step, a probe every {result['every']} steps; 1 = without; dashed: {LIMIT}")
         share.set_title("Beside training")
-        settings = result["lanczos"][-1]["settings"]
+        settings = result["lanczos"]["settings"]
         for samples, shade in zip(LANCZOS_SAMPLES, ("#c0c0c0", "#909090", "#606060", "#000000"), strict=True):
             line = [one for one in settings if one["samples"] == samples]
             against.loglog(
@@ -222,11 +234,9 @@ def draw(result: dict[str, Any]) -> Figure:
                 linewidth=1,
                 label=f"Lanczos, {samples} samples",
             )
-        for one in result["lanczos"]:
+        for mode, one in result["lanczos"]["modes"].items():
             if one["observation_ms"] > 0.0:
-                against.loglog(
-                    one["observation_ms"], one["monitor_error"], "D", color=COLOURS[one["mode"]], label=one["mode"]
-                )
+                against.loglog(one["observation_ms"], one["monitor_error"], "D", color=COLOURS[mode], label=mode)
         against.set(xlabel="time (ms)", ylabel="median error of the sharpness", title="Against Lanczos from nothing")
         against.legend(frameon=False, fontsize=8.5)
     return figure
