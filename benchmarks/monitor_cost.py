@@ -42,7 +42,7 @@ from replica_newton.training.models import reference_convnet
 BATCH, RANK, EVERY = 256, 8, 10
 REFERENCE_SAMPLES, REFERENCE_STEPS = 2000, 40
 LANCZOS_SAMPLES, LANCZOS_STEPS = (256, 512, 1024, 2000), 20
-COLOURS = {"1 process, a gradient more": "#009E73", "1 process": "#0072B2", "8 replicas": "#D55E00"}
+COLOURS = {"1 process, .grad reused": "#009E73", "1 process": "#0072B2", "8 replicas": "#D55E00"}
 LIMIT = 1.15
 FIRST_STEP, COMPARED_EVERY = 120, 6 * EVERY
 """Before its second sweep of directions, in turn, a monitor in one process knows nothing to compare."""
@@ -61,7 +61,7 @@ class Run:
         self.dataset, self.mode = dataset, mode
         self.model = reference_convnet(dataset.input_shape)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9)
-        reuse = mode == "1 process, a gradient more"
+        reuse = mode == "1 process, .grad reused"
         self.monitor = CurvatureMonitor(self.model, rank=RANK, every=EVERY, reuse_gradient=reuse)
         self.replicas = Simulated(RANK)
         self.generator = torch.Generator().manual_seed(0)
@@ -221,8 +221,8 @@ def draw(result: dict[str, Any]) -> Figure:
         share.set_xlim(min(1.0, *ratios) - 0.01, max(LIMIT, *ratios) + 0.02)
         share.invert_yaxis()
         share.grid(visible=False, axis="y")
-        share.set_xlabel(f"time of a step, a probe every {result['every']} steps; 1 = without; dashed: {LIMIT}")
-        share.set_title("Beside training")
+        share.set_xlabel("time of a step over one without monitor")
+        share.set_title(f"Beside training, a probe every {result['every']} steps")
         settings = result["lanczos"]["settings"]
         for samples, shade in zip(LANCZOS_SAMPLES, ("#c0c0c0", "#909090", "#606060", "#000000"), strict=True):
             line = [one for one in settings if one["samples"] == samples]

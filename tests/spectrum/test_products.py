@@ -128,3 +128,17 @@ def test_on_digits_the_top_eigenvalues_are_those_of_scipy(kind: str, digits_netw
     assert errors[0] < 1e-3
     assert errors.max() < 5e-3
     assert products.gradients <= (2 if kind == "exact" else 1) * 100
+
+
+def test_a_long_step_counts_the_kinks_of_relu_as_curvature(digits_network):
+    model, x, y, _ = digits_network
+    exact = ExactProducts(model, cross_entropy, x, y)
+    q = torch.nn.functional.normalize(normal(1, exact.size, seed=0), dim=1)
+    expected = exact(q)
+    short, long = (
+        float((ProbedProducts(model, cross_entropy, x, y, relative_step=h)(q) - expected).norm() / expected.norm())
+        for h in (1e-7, 1e-3)
+    )
+    assert short < 1e-4
+    kinks = any(isinstance(module, nn.ReLU) for module in model.modules())
+    assert (long > 0.1) == kinks
