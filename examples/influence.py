@@ -104,7 +104,7 @@ def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     sizes = [parameter.numel() for parameter in named.values()]
 
     def of(vector: Tensor) -> Tensor:
-        pieces = zip(named.items(), vector.split(sizes), strict=True)
+        pieces = zip(named.items(), torch.split(vector, sizes), strict=True)
         state = {name: piece.view_as(parameter) for (name, parameter), piece in pieces}
         return nn.functional.cross_entropy(functional_call(model, state, (x,)), y)
 

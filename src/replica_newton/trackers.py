@@ -73,7 +73,7 @@ class TensorBoardTracker:
         except ImportError as error:
             raise ImportError(missing_package("tensorboard")) from error
         purged = first_step + 1 if first_step else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purged)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purged)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar for each value; see `Tracker`."""

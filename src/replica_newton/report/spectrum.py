@@ -110,7 +110,7 @@ def _draw_density(axes: Axes, density: SpectralDensity) -> None:
     axes.plot(grid, height, color=_POSITIVE, linewidth=1.4)
     axes.set_yscale("log", nonpositive="mask")
     # A density below one eigenvalue in a million is the tail of the Gaussians.
-    axes.set_ylim(bottom=max(float(height.max()) * 1e-7, 1e-12))
+    axes.set_ylim(max(float(height.max()) * 1e-7, 1e-12), max(float(height.max()) * 3, 1e-11))
     axes.set(xlabel="eigenvalue", ylabel="density", title="Density of all eigenvalues")
 
 
@@ -142,7 +142,7 @@ def write_spectrum(
             "density_weights": density.weights,
         }
     content = io.BytesIO()
-    numpy.savez(content, **{name: array.numpy() for name, array in arrays.items()})
+    numpy.savez(content, allow_pickle=False, **{name: array.numpy() for name, array in arrays.items()})
     summary = {
         **settings,
         "converged": spectrum.converged,

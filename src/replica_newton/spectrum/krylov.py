@@ -122,7 +122,8 @@ class KrylovSubspace:
     @property
     def residuals(self) -> Tensor:
         """`‖H x_i − θ_i x_i‖` of every pair, fp64 on the CPU: an eigenvalue of H lies within this distance of θ_i."""
-        return torch.linalg.vector_norm(self._errors(), dim=1, dtype=torch.float64).cpu()
+        lengths: Tensor = torch.linalg.vector_norm(self._errors(), dim=1)
+        return lengths.cpu()
 
     @property
     def relative_residuals(self) -> Tensor:

@@ -64,7 +64,7 @@ class _FullBatch:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs, targets and the share of all samples that they are."""
-        pieces = self._inputs.split(self._batch_size), self._targets.split(self._batch_size)
+        pieces = torch.split(self._inputs, self._batch_size), torch.split(self._targets, self._batch_size)
         for inputs, targets in zip(*pieces, strict=True):
             yield _double(inputs), _double(targets), len(inputs) / len(self._inputs)
 
@@ -121,12 +121,13 @@ class ProbedProducts(_FullBatch):
             self._base = self._gradients(self._point[None], None)
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         displaced = self._gradients(self._point + self._step / lengths * vectors, advance)
-        return (displaced - self._base) * (lengths / self._step)
+        products: Tensor = (displaced - self._base) * (lengths / self._step)
+        return products
 
     def _gradients(self, points: Tensor, advance: Callable[[float], None] | None) -> Tensor:
         """Gradients `(count, N)` over all data at the rows of `points`."""
         replicas = Simulated(len(points))
-        pieces = zip(self._named.items(), points.split(self._sizes, dim=1), strict=True)
+        pieces = zip(self._named.items(), torch.split(points, self._sizes, dim=1), strict=True)
         stacked = {name: piece.reshape(len(points), *p.shape) for (name, p), piece in pieces}
         total = torch.zeros_like(points)
         for inputs, targets, share in self._batches():
