@@ -112,13 +112,13 @@ def test_a_terminal_shows_the_table_grow_and_keeps_it(monkeypatch: pytest.Monkey
 
     clock[0] = 110.0
     assert now()[-1].startswith("sweep 2/10")
-    assert now()[-1].endswith("10%   ≤ 1:30 left")
+    assert now()[-1].split()[-4:] == ["10%", "≤", "1:30", "left"]
     progress.start_density(4)
     progress.advance(3.0)
     clock[0] = 140.0
     last = now()[-1]
     assert last.startswith("density 4/4")
-    assert last.endswith("75%       0:10 left")
+    assert last.split()[-3:] == ["75%", "0:10", "left"]
     monkeypatch.undo()
     with progress:
         progress.finish_sweep(SWEEPS[1])
