@@ -52,10 +52,10 @@ def test_the_rate_warms_up_to_the_fraction_of_the_stable_one(momentum: float, fr
 
 def test_a_rate_that_diverges_converges_under_the_ceiling():
     run = Run(lr=1.0)
-    first = float(run.loss())
+    first = run.loss().item()
     for _ in range(200):
         run.step()
-    assert float(run.loss()) < 1e-3 * first
+    assert run.loss().item() < 1e-3 * first
 
 
 @pytest.mark.parametrize("curvatures", [CURVATURES, [0.5, 0.2, 0.1]], ids=["binding", "idle"])

@@ -139,6 +139,14 @@ class CurvatureMonitor:
         """Ritz vectors of the newest eigenvalues, `(rank, N)` fp32, orthonormal rows; empty in the first sweep."""
         return self.subspace.eigenvectors
 
+    def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
+        """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`."""
+        return self.subspace.hvp(z, bulk=bulk)
+
+    def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
+        """Product with the damped inverse on the tracked pairs; see `TrackedSubspace.inverse_hvp`."""
+        return self.subspace.inverse_hvp(z, damping, bulk=bulk, absolute=absolute)
+
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: the tracked spaces and the count of steps."""
         return {

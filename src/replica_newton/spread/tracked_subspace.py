@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import inner_products
+from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 
 
 class TrackedSubspace:
@@ -147,6 +148,40 @@ class TrackedSubspace:
         """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
         deviations = (self._averaged * self._variances).sqrt()
         return deviations[: self.order if self.sweeps else 0]
+
+    def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
+        """Hessian-vector product on the tracked pairs, `bulk · z_⊥ + Σ_i θ_i (x_iᵀ z) x_i`.
+
+        In the first sweep there are no pairs: the product is `bulk · z`.
+
+        Args:
+            z: `(N,)` or `(k, N)`.
+            bulk: curvature outside the space, in units of the Hessian; see `low_rank_hvp`.
+
+        Returns:
+            The product, of the shape of z, in fp32.
+
+        Raises:
+            ValueError: if `bulk` is not finite or the shape of z does not fit.
+        """
+        return low_rank_hvp(self.eigenvalues, self.eigenvectors, z, bulk=bulk)
+
+    def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
+        """Product with the damped inverse, `z_⊥/(bulk + λ) + Σ_i (x_iᵀ z) x_i/(θ_i + λ)`.
+
+        Args:
+            z: `(N,)` or `(k, N)`.
+            damping: λ, in units of the Hessian.
+            bulk: curvature outside the space, in units of the Hessian.
+            absolute: whether to take |θ_i| in place of θ_i; see `damped_inverse_hvp`.
+
+        Returns:
+            The product, of the shape of z, in fp32.
+
+        Raises:
+            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, or the shape of z does not fit.
+        """
+        return damped_inverse_hvp(self.eigenvalues, self.eigenvectors, z, damping, bulk=bulk, absolute=absolute)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""

@@ -39,7 +39,19 @@ class Observer(Protocol):
         """The run is finished."""
 
 
-def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Observer) -> None:
+class Watch(Protocol):
+    """What looks at the model before every step and leaves it as it was; `training.watch.CurvatureWatch` is one."""
+
+    def start(self, model: nn.Module, completed_steps: int) -> None:
+        """A run starts or goes on."""
+
+    def observe(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        """A step is about to be taken on this batch."""
+
+
+def train(
+    state: RunState, dataset: Dataset, folder: Path | None, observer: Observer, watch: Watch | None = None
+) -> None:
     """Train until the run is finished, from wherever it stands.
 
     A run that was interrupted goes on from its last finished epoch and ends at the same bits as one that was not.
@@ -50,6 +62,7 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
         dataset: the data that its config names.
         folder: where to save after every epoch; None saves nothing.
         observer: is told of every step and epoch.
+        watch: looks on; its gradients are not counted as the run's, its time is.
 
     Raises:
         RunError: if the batch is larger than the training set.
@@ -71,8 +84,10 @@ def train(state: RunState, dataset: Dataset, folder: Path | None, observer: Obse
     observer.start_run(
         config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed * steps_per_epoch
     )
+    if watch is not None:
+        watch.start(model, completed * steps_per_epoch)
     while not state.finished:
-        epoch = _train_epoch(state, dataset, model, topology, optimizer, observer)
+        epoch = _train_epoch(state, dataset, model, topology, optimizer, observer, watch)
         state.history.append(epoch)
         # Copies, because steps change tensors in place, and an interrupted epoch must leave no trace.
         state.model, state.optimizer = deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -125,7 +140,13 @@ def batches(size: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tenso
 
 
 def _train_epoch(
-    state: RunState, dataset: Dataset, model: nn.Module, topology: Simulated, optimizer: Optimizer, observer: Observer
+    state: RunState,
+    dataset: Dataset,
+    model: nn.Module,
+    topology: Simulated,
+    optimizer: Optimizer,
+    observer: Observer,
+    watch: Watch | None,
 ) -> Epoch:
     """One epoch and its evaluation."""
     config = state.config
@@ -134,9 +155,10 @@ def _train_epoch(
     start = time.perf_counter()
     try:
         for indices in batches(len(dataset.train_labels), config.batch_size, config.seed, before.epoch):
-            closure = topology.closure(
-                model, nn.functional.cross_entropy, dataset.train_inputs[indices], dataset.train_labels[indices]
-            )
+            inputs, labels = dataset.train_inputs[indices], dataset.train_labels[indices]
+            closure = topology.closure(model, nn.functional.cross_entropy, inputs, labels)
+            if watch is not None:
+                watch.observe(model, inputs, labels)
             loss = float(optimizer.step(closure))  # type: ignore[arg-type]
             if not math.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss}")
