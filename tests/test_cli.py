@@ -22,6 +22,8 @@ import replica_newton
 from replica_newton import cli
 from replica_newton.training.datasets import DATA_FOLDER_VARIABLE
 from replica_newton.training.methods import METHODS
+from replica_newton.training.models import reference_convnet
+from replica_newton.training.run import load_run
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "replica-newton"
 SMALL = shlex.split("--train-limit 128 --batch-size 32")
@@ -170,6 +172,18 @@ BAD = [
     ("compare --replicas 2,3", "replicas must divide the batch size 64, got 3"),
     *[(f"compare --learning-rates 0.1,{rate}", "learning rate must be positive") for rate in ("-1", "nan")],
     ("compare --learning-rates a", "learning rates must be numbers separated by commas, got 'a'"),
+    ("train --monitor 0", "--monitor"),
+    ("train --tracker nope", "tracker must be one of jsonl, tensorboard, wandb, mlflow, trackio, got 'nope'"),
+    ("train --tracker jsonl --tracker jsonl", "every tracker must be named once, got jsonl, jsonl"),
+    ("spectrum", "--checkpoint"),
+    ("spectrum --checkpoint nowhere", "nowhere: no such checkpoint"),
+    ("spectrum --checkpoint empty-folder", "empty-folder: no such checkpoint"),
+    ("spectrum --checkpoint garbage.npz", "garbage.npz: not a readable checkpoint"),
+    ("spectrum --checkpoint file --top 0", "top must be >= 1, got 0"),
+    ("spectrum --checkpoint file --replicas 0", "replicas must be >= 1, got 0"),
+    ("spectrum --checkpoint file --sweeps 0", "sweeps must be >= 1, got 0"),
+    ("spectrum --checkpoint file --tolerance 0", "tolerance must be in (0, 1), got 0.0"),
+    ("spectrum --checkpoint file --dataset nope", "got 'nope'"),
     ("launch", "launch"),
     ("--bogus", "--bogus"),
 ]
@@ -232,7 +246,11 @@ def test_version_is_that_of_the_package(invoke):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("train", {"--dataset", "--data", "--method", "--replicas", "--epochs", "--seed", "--out", "--resume"}),
+        (
+            "train",
+            {"--dataset", "--data", "--method", "--replicas", "--epochs", "--seed", "--out", "--resume"}
+            | {"--monitor", "--tracker"},
+        ),
         ("compare", {"--dataset", "--data", "--methods", "--replicas", "--epochs", "--seeds", "--out"}),
     ],
 )
@@ -374,6 +392,50 @@ def test_ctrl_c_leaves_a_comparison_that_goes_on_where_it_was(invoke, tmp_path):
     runs = read_json((tmp_path / "cmp/summary.json").read_text())["runs"]
     assert [(run["method"], len(run["train_nll"])) for run in runs] == [("sgd", epochs), ("paper", epochs)]
     assert [runs[0][name][:-1] for name in ("train_nll", "seconds")] == [sgd["train_nll"], sgd["seconds"]]
+
+
+def test_train_with_a_monitor_and_a_tracker_writes_what_they_saw_and_goes_on(invoke, tmp_path):
+    line = "train --method sgd --monitor 2 --tracker jsonl --resume --out run --epochs"
+    assert invoke(f"{line} 1", *SMALL).status == 0
+    assert invoke(f"{line} 2", *SMALL).status == 0
+    seen = [read_json(text) for text in (tmp_path / "run/curvature.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in seen] == [1, 3, 5, 7]
+    assert all(one["curvature/sharpness"] == max(one[f"curvature/eigenvalue_{i}"] for i in range(1, 9)) for one in seen)
+    logged = [read_json(text) for text in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in logged if "loss" in one] == list(range(1, 9))
+    assert [one["train_nll"] for one in logged if "train_nll" in one] == [
+        m["train_nll"] for m in metrics(tmp_path / "run")
+    ]
+    assert invoke("train --method sgd --out plain --epochs 2", *SMALL).status == 0
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "plain"))
+
+
+def test_spectrum_of_a_run_and_of_a_state_dict(invoke, tmp_path):
+    assert invoke("train --method sgd --activation tanh --epochs 2 --out run", *SMALL).status == 0
+    line = "spectrum --top 3 --replicas 4 --train-limit 96 --tolerance 0.05 --checkpoint"
+    outcome = invoke(f"{line} run")
+    assert (outcome.status, outcome.err) == (0, "")
+    names = {"spectrum.json", "spectrum.npz", "spectrum.png", "spectrum.svg"}
+    assert {path.name for path in (tmp_path / "run/spectrum").iterdir()} == names
+    first = read_json((tmp_path / "run/spectrum/spectrum.json").read_text())
+    assert first["converged"]
+    assert len(first["eigenvalues"]) == 3
+    assert outcome.out.splitlines()[1].startswith("sweep 1: 5 gradients, sharpness")
+    assert outcome.out.splitlines()[-1] == "Files: run/spectrum/spectrum.json, .npz, .png, .svg"
+    torch.save(load_run(tmp_path / "run").model, tmp_path / "network.pt")
+    assert invoke(f"{line} network.pt --activation tanh --exact --out exact").status == 0
+    second = read_json((tmp_path / "exact/spectrum.json").read_text())
+    assert second["eigenvalues"] == pytest.approx(first["eigenvalues"], rel=5e-3)
+    assert invoke("spectrum --checkpoint run --top 9999").err == (
+        "replica-newton: top must be at most the 6758 parameters, got 9999\n"
+    )
+
+
+def test_spectrum_that_does_not_converge_says_so(invoke, tmp_path):
+    torch.save(reference_convnet((1, 8, 8)).state_dict(), tmp_path / "network.pt")
+    outcome = invoke("spectrum --checkpoint network.pt --top 5 --sweeps 1 --train-limit 32 --out found")
+    assert outcome.status == 0
+    assert "Not converged: 0 of 5 pairs are within the tolerance after 1 sweeps" in outcome.out
 
 
 @pytest.mark.skipif(

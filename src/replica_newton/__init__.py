@@ -4,7 +4,7 @@ from replica_newton.checkpoints import load_checkpoint, save_checkpoint
 from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_free_inverse_hvp
 from replica_newton.graceful_exit import GracefulExit
 from replica_newton.launch import init_processes
-from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
+from replica_newton.monitor import CurvatureMonitor, CurvatureObservation, SharpnessCeiling
 from replica_newton.optim import ReplicaNewton
 from replica_newton.spread import LocalStep, RandomDirections, TrackedSubspace
 from replica_newton.topology import ParameterServer, Simulated, TreeReduction
@@ -18,6 +18,7 @@ __all__ = [
     "RandomDirections",
     "ReplicaNewton",
     "SecantCurvature",
+    "SharpnessCeiling",
     "Simulated",
     "TrackedSubspace",
     "TreeReduction",

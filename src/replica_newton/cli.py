@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
 import replica_newton
@@ -25,15 +25,17 @@ from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
 from replica_newton.report.tables import load_table, results_table
+from replica_newton.report.watching import check_trackers, watching
 from replica_newton.topology import Simulated, TopologyError
 from replica_newton.topology.estimate import estimate as estimate_load
 from replica_newton.topology.processes import Processes
+from replica_newton.trackers import TRACKERS
 from replica_newton.training.command import cast, joined
 from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import DATA_FOLDER_VARIABLE, DATASETS, DataError, load_dataset
 from replica_newton.training.loop import train as train_run
 from replica_newton.training.methods import METHODS
-from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, load_run
+from replica_newton.training.run import MAX_SEED, METRICS, RunConfig, RunError, RunState, load_run
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -101,7 +103,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
     epilog="Examples:\n\n[bold]replica-newton train --method paper --replicas 8[/bold]\n\n"
     "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]\n\n"
     "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]\n\n"
-    "[bold]replica-newton train --method paper --topology server --servers 2 --processes 6[/bold]"
+    "[bold]replica-newton train --method paper --topology server --servers 2 --processes 6[/bold]\n\n"
+    "[bold]replica-newton train --method sgd --monitor 10 --tracker jsonl[/bold]"
 )
 def train(
     method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
@@ -132,6 +135,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default in runs/, named after it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, or start it.")] = False,
+    monitor: Annotated[
+        int | None,
+        typer.Option(min=1, help="Probe the curvature every so many steps: a live panel, and OUT/curvature.jsonl."),
+    ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Log every step to {', '.join(TRACKERS)}; may be given several times."),
+    ] = None,
 ) -> None:
     """Train the reference convnet, saving metrics and a checkpoint after every epoch, and at SIGTERM."""
     default = 8 if method in METHODS and METHODS[method].parts_replicas else 1
@@ -155,6 +166,9 @@ def train(
     folder = out or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} must be a folder, got a file")
+    if monitor is not None and topology is not Where.simulated:
+        raise RunError(f"monitor must go with --topology simulated, got {topology}")
+    check_trackers(tracker or [])
 
     def saved(of: Simulated | Processes | None = None) -> RunState:
         state = load_run(folder, of)
@@ -179,13 +193,20 @@ def train(
         _make_folder(folder)
         speaks = where_replicas_live.position == where_replicas_live.layout.first_worker
         console = Console(quiet=not speaks)
-        with GracefulExit() as graceful, _progress(console) as progress:
+        completed = len(state.history) * (len(loaded.train_labels) // config.batch_size) + state.progress.steps
+        trackers = tracker if tracker and speaks else []
+        with (
+            watching(config, folder, completed, monitor=monitor, trackers=trackers) as looking_on,
+            GracefulExit() as graceful,
+            _progress(console, looking_on.panel) as progress,
+        ):
             try:
                 train_run(
                     state,
                     loaded,
                     folder,
-                    progress,
+                    looking_on.observer(progress),
+                    looking_on.watch,
                     topology=where_replicas_live,
                     leave=graceful.agreed,
                 )
@@ -336,6 +357,58 @@ def estimate(
     Console().print(load_table(loads, parameters, replicas))
 
 
+@app.command(
+    epilog="Examples:\n\n[bold]replica-newton spectrum --checkpoint runs/digits-paper-M8-rate0.05-seed0[/bold]\n\n"
+    "[bold]replica-newton spectrum --checkpoint network.pt --dataset mnist --data mnist.npz --top 20 --density[/bold]"
+)
+def spectrum(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Folder of a run, its checkpoint, or a state_dict of the reference convnet.")
+    ],
+    dataset: DatasetOption = "digits",
+    data: DataOption = None,
+    top: Annotated[int, typer.Option(help="Eigenpairs of largest magnitude to find.")] = 20,
+    replicas: Annotated[int, typer.Option(help="Simulated replicas M: directions probed in a sweep.")] = 8,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Exact Hessian-vector products, twice the price, in place of paired probes.")
+    ] = False,
+    density: Annotated[
+        bool, typer.Option("--density", help="The density of all eigenvalues too, by stochastic Lanczos quadrature.")
+    ] = False,
+    tolerance: Annotated[float, typer.Option(help="Residual ‖Hx − θx‖/|θ| at which a pair has converged.")] = 0.01,
+    sweeps: Annotated[int, typer.Option(help="At most so many sweeps.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples evaluated at a time; changes memory, not results.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random directions.")] = 0,
+    activation: Annotated[
+        Activation, typer.Option(help="Activation of a network in a state_dict; a run knows its own.")
+    ] = Activation.relu,
+    train_limit: Annotated[
+        int | None, typer.Option(help="Use this many training samples only, the first ones.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; by default spectrum, beside it.")] = None,
+) -> None:
+    """Find the top Hessian eigenpairs of a saved network over its training set, at one gradient a direction.
+
+    Writes spectrum.json, spectrum.npz (eigenvalues, residuals, eigenvectors), spectrum.png and spectrum.svg.
+    """
+    # Imported here: it loads matplotlib.
+    from replica_newton.spectrum.command import SpectrumOptions, compute_and_write
+    from replica_newton.training.network import load_network
+
+    options = SpectrumOptions(top, replicas, exact, density, tolerance, sweeps, batch_size, seed)
+    torch.set_num_threads(threads)
+    loaded = load_dataset(dataset, data, train_limit=train_limit)
+    model = load_network(checkpoint, loaded, activation=activation.value)
+    options.check_fits(model)
+    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "spectrum"
+    _make_folder(folder)
+    try:
+        compute_and_write(model, loaded, options, folder, Console(), checkpoint)
+    except KeyboardInterrupt:
+        _interrupted("before the spectrum was found; nothing was written")
+
+
 def main() -> None:
     """Entry point: bad input gets one line on standard error and exit status 2."""
     usage_error: Any = typer.BadParameter.__base__
@@ -387,7 +460,7 @@ def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[TrainingProgress]:
+def _progress(console: Console, below: RenderableType | None = None) -> Iterator[TrainingProgress]:
     """Live display, above which the library's log lines appear, each once."""
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     said: set[str] = set()
@@ -395,7 +468,7 @@ def _progress(console: Console) -> Iterator[TrainingProgress]:
     logger = logging.getLogger("replica_newton")
     logger.addHandler(handler)
     try:
-        with TrainingProgress(console) as progress:
+        with TrainingProgress(console, below=below) as progress:
             yield progress
     finally:
         logger.removeHandler(handler)

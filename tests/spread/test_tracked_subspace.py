@@ -115,6 +115,32 @@ def test_smoothing_averages_noise():
         assert error(0.2, seed) < 0.5 * error(1.0, seed)
 
 
+@pytest.mark.parametrize("count", [ORDER, 2])
+def test_uncertainties_are_the_errors_that_noise_makes(count: int):
+    """90 % intervals of the eigenvalues of a matrix, of which each replica sees another noisy copy, hold 85–95 %."""
+    H, covered = symmetric(SPECTRUM, seed=0), []
+    space = TrackedSubspace(ORDER, N, smoothing=0.5)
+    for step in range(200 * ORDER // count):
+        noise = 0.1 * normal(count, N, N, seed=step)
+        space.observe(torch.einsum("mi,mij->mj", space.directions(count).to(F64), H + noise + noise.mT))
+        if step >= 20 * ORDER // count:
+            covered.append(((space.eigenvalues - TOP).abs() < 1.645 * space.uncertainties)[:5])
+    assert 0.85 < float(torch.stack(covered).to(F64).mean()) < 0.95
+
+
+def test_without_noise_there_is_no_uncertainty_and_before_a_second_probe_none_is_known():
+    H = symmetric(SPECTRUM, seed=0)
+    space = TrackedSubspace(ORDER, N)
+    assert space.uncertainties.shape == (0,)
+    probe(space, H)
+    assert bool(space.uncertainties.isinf().all())
+    probe(space, H)
+    early = space.uncertainties
+    probe(space, H, times=60)
+    assert float(early[0]) > 0.1
+    assert float(space.uncertainties.max()) < 1e-2
+
+
 @pytest.mark.parametrize("smoothing", [0.5, 1.0])
 def test_the_space_follows_a_matrix_that_rotates_slowly(smoothing: float):
     H = symmetric(SPECTRUM, seed=0)

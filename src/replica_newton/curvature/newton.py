@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from replica_newton.curvature.low_rank import check_pairs, spectral_product
+
 
 def saddle_free_inverse_hvp(
     eigenvalues: Tensor,
@@ -48,21 +50,10 @@ def saddle_free_inverse_hvp(
         raise ValueError(f"{bulk_rate=} must be finite and >= 0")
     if not 0.0 <= rtol < 1.0:
         raise ValueError(f"{rtol=} must be in [0, 1)")
-    if eigenvectors.dim() != 2 or eigenvalues.shape != eigenvectors.shape[:1] or z.shape[-1:] != eigenvectors.shape[1:]:
-        raise ValueError(
-            "eigenvalues must be (order,), eigenvectors (order, N) and z (N,) or (k, N); got "
-            f"{tuple(eigenvalues.shape)}, {tuple(eigenvectors.shape)} and {tuple(z.shape)}"
-        )
-    z = z.to(eigenvectors.dtype)
+    z = check_pairs(eigenvalues, eigenvectors, z)
     curvatures: Tensor = (eigenvalues.abs() + damping).to(eigenvectors)
     curved = ~(curvatures <= rtol * curvatures.max()) if curvatures.numel() else curvatures > 0
-    curvatures, eigenvectors = curvatures[curved], eigenvectors[curved]
-    with torch.autocast(z.device.type, enabled=False):
-        along: Tensor = z @ eigenvectors.T
-        if total is not None:
-            along = total(along.double().cpu()).to(along)
-        change: Tensor = along * (curvatures.reciprocal() - bulk_rate)
-        return torch.add(change @ eigenvectors, z, alpha=bulk_rate)
+    return spectral_product(eigenvectors[curved], curvatures[curved].reciprocal(), bulk_rate, z, total=total)
 
 
 def exact_newton_step(hessian: Tensor, gradient: Tensor) -> Tensor:

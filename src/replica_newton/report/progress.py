@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -26,10 +26,14 @@ class TrainingProgress:
     Args:
         console: Where to show it; standard output when missing.
         enabled: Whether to show anything at all: `False` on all processes but the first.
+        below: What a terminal shows below it.
     """
 
-    def __init__(self, console: Console | None = None, *, enabled: bool = True) -> None:
+    def __init__(
+        self, console: Console | None = None, *, enabled: bool = True, below: RenderableType | None = None
+    ) -> None:
         self._console = console or Console()
+        self._below = below
         self._enabled = enabled
         self._label: str | None = None
         self._epochs = self._steps_per_epoch = self._steps = self._first_step = 0
@@ -132,7 +136,7 @@ class TrainingProgress:
     def _render(self) -> Group:
         """What the terminal shows now."""
         now = time.monotonic()
-        lines: list[Table | Text] = []
+        lines: list[RenderableType] = []
         fraction = 0.0
         label = self._label
         if label is not None:
@@ -155,6 +159,8 @@ class TrainingProgress:
             done = self._completed_runs + fraction
             left = time_left(now - self._runs_started, done, self._first_run, self._total_runs)
             lines.append(bar_line(f"runs {self._completed_runs}/{self._total_runs}", done / self._total_runs, left))
+        if self._below is not None:
+            lines.append(self._below)
         # Narrower than the terminal, whose echo of ^C would otherwise wrap the last line and leave it behind.
         return Group(*(Constrain(line, self._console.width - 3) for line in lines))
 

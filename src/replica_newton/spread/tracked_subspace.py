@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import inner_products
+from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 
 
 class TrackedSubspace:
@@ -23,9 +24,14 @@ class TrackedSubspace:
         S_i = (1 − smoothing) A q_i + smoothing · H q_i     for the directions just probed,
         S_i = A q_i                                         for the others,
 
-    and Rayleigh-Ritz on `sym(Q Sᵀ)` gives the new X and Z. When all directions have been probed, the orthonormal basis
-    of Z takes their place: block power iteration, one sweep for `order` probed directions. The model carries past
-    probes over as the basis turns, so the noise of mini-batches is averaged.
+    and Rayleigh-Ritz on `sym(Q Sᵀ)` gives the new X and Z. When all directions have been probed, an orthonormal basis
+    of the span of Z takes their place: block power iteration, one sweep for `order` probed directions. The model
+    carries past probes over as the basis turns, so the noise of mini-batches is averaged. The basis is mixed, each
+    direction with a part of every Ritz vector: so all probes, and all replicas' samples, count towards every pair.
+
+    The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
+    probed q together, its mean square is the variance of a response, `σ² = Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`; as
+    the directions are orthonormal, that of the Ritz value is `f σ²`, where f is left of it by the smoothing.
 
     Args:
         order: number of directions, in 1 … N.
@@ -61,6 +67,8 @@ class TrackedSubspace:
         self._vectors = torch.zeros_like(self._directions)
         self._responses = torch.zeros_like(self._directions)
         self._values = torch.zeros(order, dtype=torch.float64)
+        self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
+        self._averaged = 1.0
 
     def directions(self, count: int) -> Tensor:
         """Directions to probe next, in turn.
@@ -99,18 +107,19 @@ class TrackedSubspace:
         turn = self._turn(count)
         first_sweep = self.sweeps == 0
         modelled = self._responses.clone() if first_sweep else self._model(self._directions)
-        weight = 1.0 if first_sweep else self.smoothing
-        modelled[turn] = torch.lerp(modelled[turn], responses, weight)
+        innovations = responses - modelled[turn]
+        modelled[turn] += innovations if first_sweep else self.smoothing * innovations
         self._next += count
+        if first_sweep and self._next < self.order:
+            self._responses = modelled
+            return
+        rotation = self._rayleigh_ritz(modelled)
+        if not first_sweep:
+            self._note_spread(rotation[:, turn], innovations)
         if self._next < self.order:
-            if first_sweep:
-                self._responses = modelled
-            else:
-                self._rayleigh_ritz(modelled)
             return
         self._next = 0
         self.sweeps += 1
-        self._rayleigh_ritz(modelled)
         # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
         self._turn_basis()
 
@@ -134,9 +143,50 @@ class TrackedSubspace:
         lengths: Tensor = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64)
         return lengths.cpu()
 
+    @property
+    def uncertainties(self) -> Tensor:
+        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
+        deviations = (self._averaged * self._variances).sqrt()
+        return deviations[: self.order if self.sweeps else 0]
+
+    def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
+        """Hessian-vector product on the tracked pairs, `bulk · z_⊥ + Σ_i θ_i (x_iᵀ z) x_i`.
+
+        In the first sweep there are no pairs: the product is `bulk · z`.
+
+        Args:
+            z: `(N,)` or `(k, N)`.
+            bulk: curvature outside the space, in units of the Hessian; see `low_rank_hvp`.
+
+        Returns:
+            The product, of the shape of z, in fp32.
+
+        Raises:
+            ValueError: if `bulk` is not finite or the shape of z does not fit.
+        """
+        return low_rank_hvp(self.eigenvalues, self.eigenvectors, z, bulk=bulk)
+
+    def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
+        """Product with the damped inverse, `z_⊥/(bulk + λ) + Σ_i (x_iᵀ z) x_i/(θ_i + λ)`.
+
+        Args:
+            z: `(N,)` or `(k, N)`.
+            damping: λ, in units of the Hessian.
+            bulk: curvature outside the space, in units of the Hessian.
+            absolute: whether to take |θ_i| in place of θ_i; see `damped_inverse_hvp`.
+
+        Returns:
+            The product, of the shape of z, in fp32.
+
+        Raises:
+            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, or the shape of z does not fit.
+        """
+        return damped_inverse_hvp(self.eigenvalues, self.eigenvectors, z, damping, bulk=bulk, absolute=absolute)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
-        names = ("order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values")
+        names = ["order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values"]
+        names += ["_variances", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,7 +204,9 @@ class TrackedSubspace:
         self.smoothing, self.sweeps, self._next = state["smoothing"], state["sweeps"], state["next"]
         for name in ("directions", "vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._directions, copy=True))
-        self._values = state["values"].to(dtype=torch.float64, device="cpu", copy=True)
+        for name in ("values", "variances"):
+            setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
+        self._averaged = state["averaged"]
 
     def _turn(self, count: int) -> list[int]:
         return [(self._next + i) % self.order for i in range(count)]
@@ -165,24 +217,47 @@ class TrackedSubspace:
         across = q - along @ self._vectors
         return along @ self._responses + (across @ self._responses.T) @ self._vectors
 
-    def _rayleigh_ritz(self, responses: Tensor) -> None:
-        """New pairs from the directions and their responses."""
+    def _rayleigh_ritz(self, responses: Tensor) -> Tensor:
+        """New pairs from the directions and their responses; the coordinates of the pairs in the directions."""
         projected = inner_products(self._directions, responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T.to(self._directions)
+        # A sign is no property of an eigenvector, but one of the mixture with others.
+        rotation = torch.where(rotation[:, :1] < 0.0, -rotation, rotation)
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
+        return rotation
+
+    def _note_spread(self, coordinates: Tensor, innovations: Tensor) -> None:
+        """Variances after a probe, in whose directions the pairs have the coordinates `(order, count)`."""
+        weights = coordinates.double().cpu().square()
+        squares = inner_products(self._vectors, innovations).square()
+        variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        known = torch.isfinite(self._variances)
+        self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
+        renewed = (1.0 - self.smoothing) ** 2 * self._averaged + self.smoothing**2
+        self._averaged += len(innovations) / self.order * (renewed - self._averaged)
 
     def _turn_basis(self) -> None:
         """Directions of the next sweep: the basis of the responses."""
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
         longest = float(torch.linalg.vector_norm(self._responses, dim=1).max())
-        self._directions = _orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
+        basis = _orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
+        self._directions = _cosines(self.order).to(basis) @ basis
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis of independent rows."""
-    columns: Tensor = torch.linalg.qr(rows.T).Q
-    return columns.T.contiguous()
+    """Orthonormal basis of independent rows, that of Gram and Schmidt: QR leaves the signs to chance."""
+    columns, upper = torch.linalg.qr(rows.T)
+    basis: Tensor = torch.where(upper.diagonal() < 0.0, -1.0, 1.0)[:, None] * columns.T
+    return basis.contiguous()
+
+
+def _cosines(order: int) -> Tensor:
+    """Orthogonal matrix with entries of nearly equal size: the discrete cosine transform, second type."""
+    index = torch.arange(order, dtype=torch.float64)
+    rows = torch.cos(torch.pi / order * index[:, None] * (index + 0.5))
+    cosines: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return cosines

@@ -41,11 +41,22 @@ class Observer(Protocol):
         """The run is finished."""
 
 
+class Watch(Protocol):
+    """What looks at the model before every step and leaves it as it was; `training.watch.CurvatureWatch` is one."""
+
+    def start(self, model: nn.Module, completed_steps: int) -> None:
+        """A run starts or goes on."""
+
+    def observe(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        """A step is about to be taken on this batch."""
+
+
 def train(
     state: RunState,
     dataset: Dataset,
     folder: Path | None,
     observer: Observer,
+    watch: Watch | None = None,
     *,
     topology: Simulated | Processes | None = None,
     leave: Callable[[Optimizer], bool] = lambda _: False,
@@ -61,6 +72,7 @@ def train(
         dataset: the data that its config names.
         folder: where to save after every epoch; None saves nothing.
         observer: is told of every step and epoch.
+        watch: looks on; its gradients are not counted as the run's, its time is.
         topology: of the processes, which all call this; None for replicas in this one.
         leave: asked with the optimizer after every step but an epoch's last: whether to save and leave; says the same
             in all processes.
@@ -94,9 +106,11 @@ def train(
         return
     completed = len(state.history) * steps_per_epoch + state.progress.steps
     observer.start_run(config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed)
+    if watch is not None:
+        watch.start(model, completed)
     left = False
     while not state.finished and not left:
-        left = _train_epoch(state, dataset, model, topology, optimizer, observer, leave)
+        left = _train_epoch(state, dataset, model, topology, optimizer, observer, watch, leave)
         steps = len(state.history) * steps_per_epoch + state.progress.steps
         if newton is not None:
             newton.checkpoint(steps, save)
@@ -158,6 +172,7 @@ def _train_epoch(
     topology: Simulated | Processes,
     optimizer: Optimizer,
     observer: Observer,
+    watch: Watch | None,
     leave: Callable[[Optimizer], bool],
 ) -> bool:
     """The rest of an epoch and its evaluation; returns whether the run is to leave before the epoch is over."""
@@ -170,9 +185,10 @@ def _train_epoch(
         indices = batches(len(dataset.train_labels), config.batch_size, config.seed, before.epoch)
         for batch in islice(indices, begun.steps, None):
             shard = _share(batch, topology)
-            closure = topology.closure(
-                model, nn.functional.cross_entropy, dataset.train_inputs[shard], dataset.train_labels[shard]
-            )
+            inputs, labels = dataset.train_inputs[shard], dataset.train_labels[shard]
+            closure = topology.closure(model, nn.functional.cross_entropy, inputs, labels)
+            if watch is not None:
+                watch.observe(model, inputs, labels)
             loss = math.nan
             try:
                 loss = float(optimizer.step(closure))  # type: ignore[arg-type]

@@ -119,7 +119,8 @@ def trained_parameters(build: Callable[..., torch.optim.Optimizer], watch: str |
     """Parameters, buffers and random state after twelve steps with dropout and batch-norm."""
     problem = classification(nn.BatchNorm1d(8), nn.Dropout(0.3))
     torch.manual_seed(3)
-    monitor, optimizer = CurvatureMonitor(problem.module, every=2), build(problem.module.parameters())
+    optimizer = build(problem.module.parameters())
+    monitor = CurvatureMonitor(problem.module, optimizer=optimizer, every=2)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
@@ -130,7 +131,8 @@ def trained_parameters(build: Callable[..., torch.optim.Optimizer], watch: str |
         optimizer.step()
         losses.append(loss.detach())
     assert (monitor.last is None) == (watch is None)
-    state = [*losses, *problem.module.parameters(), *problem.module.buffers(), torch.get_rng_state()]
+    moments = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+    state = [*losses, *moments, *problem.module.parameters(), *problem.module.buffers(), torch.get_rng_state()]
     return [tensor.detach().numpy().tobytes() for tensor in state]
 
 

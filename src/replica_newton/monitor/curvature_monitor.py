@@ -1,42 +1,24 @@
 """CurvatureMonitor: live Hessian eigenpairs, sharpness and noise scale beside any optimizer."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from replica_newton.monitor.observation import CurvatureObservation
+from replica_newton.monitor.stability import added_weight_decay, has_metric, is_known, metric_of, stable_sharpness
+from replica_newton.monitor.untouched import untouched
 from replica_newton.spread import TrackedSubspace
 from replica_newton.topology import ReplicaClosure
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, eq=False)
-class CurvatureObservation:
-    """What a monitor saw at one step.
-
-    Attributes:
-        step: calls of `observe` before this one.
-        eigenvalues: `(rank,)` fp64, Hessian eigenvalues, signed, by magnitude descending; empty until every direction
-            has been probed once.
-        residuals: `(rank,)` fp64, `‖H x − θ x‖` of each pair; a value below its residual is not to be trusted.
-        sharpness: largest eigenvalue, nan until there is one.
-        learning_rate: `1/sharpness`, LeCun's optimal rate for plain gradient descent; nan where sharpness is not
-            positive.
-        captured_gradient_fraction: `‖X ḡ‖²/‖ḡ‖²`, share of the squared gradient inside the tracked space.
-        gradient_noise_scale: batch size, in samples, at which noise and signal of the mean gradient are equal
-            (McCandlish et al. 2018, the simple noise scale); None with fewer than two replicas, inf where the
-            replicas' gradients show no signal.
-    """
-
-    step: int
-    eigenvalues: Tensor
-    residuals: Tensor
-    sharpness: float
-    learning_rate: float
-    captured_gradient_fraction: float
-    gradient_noise_scale: float | None
+_STABLE_AGAIN = 0.9
+"""Stability ratio below which the next crossing of 1 is worth a warning: at the edge it hovers around 1."""
 
 
 class CurvatureMonitor:
@@ -53,8 +35,14 @@ class CurvatureMonitor:
     shard. Training is not touched: parameters, gradients, buffers (batch-norm statistics) and random state are as
     before, bit for bit.
 
+    With `optimizer`, the monitor also says how close to instability it trains, and logs a warning when it passes the
+    limit. The metric of Adam and AdamW calls for eigenvalues of another matrix, `P^-½ H P^-½`: a second space follows
+    them, and the two take turns, a probe each. So the price is the same, and each space sees half of the probes.
+
     Args:
         model: the network; parameters that require no gradient are left out.
+        optimizer: what trains the model, all parameters that require a gradient; only read. Of SGD, Adam and AdamW the
+            limit of stability is known.
         rank: number of eigenpairs to follow.
         every: calls of `observe` from one probe to the next.
         smoothing: see `TrackedSubspace`.
@@ -67,18 +55,22 @@ class CurvatureMonitor:
         seed: of the first directions.
 
     Attributes:
+        optimizer: the one that is attached, None without.
+        subspace: what follows H.
+        preconditioned: what follows `P^-½ H P^-½` beside Adam and AdamW, else None.
         last: newest `CurvatureObservation`, None before the first.
         samples_evaluated: samples whose gradient the probes computed; counted for a `ReplicaClosure` only.
 
     Raises:
         TypeError: if a parameter is neither fp32 nor fp64: differences of gradients in half precision are rounding.
-        ValueError: if an option is out of range or the model has nothing to train.
+        ValueError: if an option is out of range, the model has nothing to train, or the optimizer lacks a parameter.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        optimizer: Optimizer | None = None,
         rank: int = 8,
         every: int = 10,
         smoothing: float = 0.5,
@@ -96,9 +88,21 @@ class CurvatureMonitor:
             raise ValueError(f"{every=} must be >= 1")
         if not 0.0 < relative_step < 1.0:
             raise ValueError(f"{relative_step=} must be in (0, 1)")
+        if optimizer is not None:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if any(id(parameter) not in held for parameter in self._parameters):
+                raise ValueError("optimizer must hold every parameter of the model that requires a gradient")
         self._model = model
+        self.optimizer = optimizer
         size = sum(parameter.numel() for parameter in self._parameters)
         self.subspace = TrackedSubspace(rank, size, smoothing=smoothing, seed=seed, device=self._parameters[0].device)
+        self.preconditioned: TrackedSubspace | None = None
+        if optimizer is not None and is_known(optimizer) and has_metric(optimizer):
+            self.preconditioned = TrackedSubspace(
+                rank, size, smoothing=smoothing, seed=seed + 1, device=self._parameters[0].device
+            )
+        self._preconditioned_is_next = False
+        self._unstable = False
         self.every = every
         self.relative_step = relative_step
         self.reuse_gradient = reuse_gradient
@@ -130,43 +134,83 @@ class CurvatureMonitor:
             self.last = self._probe(step, evaluate)
         return self.last
 
+    @property
+    def eigenvectors(self) -> Tensor:
+        """Ritz vectors of the newest eigenvalues, `(rank, N)` fp32, orthonormal rows; empty in the first sweep."""
+        return self.subspace.eigenvectors
+
+    def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
+        """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`."""
+        return self.subspace.hvp(z, bulk=bulk)
+
+    def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
+        """Product with the damped inverse on the tracked pairs; see `TrackedSubspace.inverse_hvp`."""
+        return self.subspace.inverse_hvp(z, damping, bulk=bulk, absolute=absolute)
+
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: the tracked space and the count of steps."""
-        return {"steps": self.steps, "subspace": self.subspace.state_dict()}
+        """State for a checkpoint: the tracked spaces and the count of steps."""
+        return {
+            "steps": self.steps,
+            "subspace": self.subspace.state_dict(),
+            "preconditioned": None if self.preconditioned is None else self.preconditioned.state_dict(),
+            "preconditioned_is_next": self._preconditioned_is_next,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of a monitor of the same rank over the same parameters.
+        """Take over the state of a monitor of the same rank over the same parameters, beside the same optimizer.
 
         Args:
             state: what `state_dict()` returned.
 
         Raises:
-            ValueError: if rank or number of parameters differ.
+            ValueError: if rank or number of parameters differ, or one has a preconditioned space and the other not.
         """
+        if (state["preconditioned"] is None) != (self.preconditioned is None):
+            raise ValueError("the state must be that of a monitor beside an optimizer of the same kind")
+        if self.preconditioned is not None:
+            self.preconditioned.load_state_dict(state["preconditioned"])
+        self._preconditioned_is_next = state["preconditioned_is_next"]
         self.subspace.load_state_dict(state["subspace"])
         self.steps = state["steps"]
 
     def _probe(self, step: int, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation:
         closure = evaluate if isinstance(evaluate, ReplicaClosure) else None
         evaluated = 0 if closure is None else closure.samples_evaluated
-        directions = self.subspace.directions(1 if closure is None else closure.replicas)
-        length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
+        space, contraction, decay = self._next_space()
+        directions = space.directions(1 if closure is None else closure.replicas)
+        # In w̃ = P^½ w, a step q̃ is one of P^-½ q̃ in w.
+        displacements = directions if contraction is None else contraction * directions
+        lengths = torch.linalg.vector_norm(displacements, dim=1, keepdim=True)
+        step_length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
         if self.reuse_gradient and closure is None:
             base = self._given_gradient()[None]
         else:
             base = self._gradients(evaluate, torch.zeros_like(directions))
-        displaced = self._gradients(evaluate, length * directions)
+        displaced = self._gradients(evaluate, displacements * (step_length / lengths))
         if closure is not None:
             self.samples_evaluated += closure.samples_evaluated - evaluated
-        responses = (displaced - base) / length
+        responses = (displaced - base) * (lengths / step_length)
+        if contraction is not None:
+            responses = contraction * (responses + decay * displacements)
         if not bool(torch.isfinite(responses).all()):
             raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
-        self.subspace.observe(responses)
+        space.observe(responses)
+        self._preconditioned_is_next = space is self.subspace
         return self._summarise(step, base, None if closure is None else closure.samples)
+
+    def _next_space(self) -> tuple[TrackedSubspace, Tensor | None, float]:
+        """The space that is to be probed, the diagonal of P^-½ for the preconditioned one, and the decay within it."""
+        if self.optimizer is not None and self.preconditioned is not None and self._preconditioned_is_next:
+            metric, decay = metric_of(self.optimizer, self._parameters), added_weight_decay(self.optimizer)
+            if metric is not None and decay is not None:
+                return self.preconditioned, metric.rsqrt(), decay
+        return self.subspace, None, 0.0
 
     def _summarise(self, step: int, gradients: Tensor, batch: int | None) -> CurvatureObservation:
         eigenvalues, vectors = self.subspace.eigenvalues, self.subspace.eigenvectors
-        sharpness = float(eigenvalues.max()) if eigenvalues.numel() else float("nan")
+        sharpness = _largest(eigenvalues)
+        preconditioned_sharpness, stability_ratio = self._stability(sharpness)
+        self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0)
         squared = float(mean @ mean)
         captured = float((vectors @ mean.to(vectors.dtype)).square().sum()) / squared if squared > 0.0 else 0.0
@@ -174,15 +218,45 @@ class CurvatureMonitor:
             step=step,
             eigenvalues=eigenvalues,
             residuals=self.subspace.residuals,
+            uncertainties=self.subspace.uncertainties,
             sharpness=sharpness,
-            learning_rate=1.0 / sharpness if sharpness > 0.0 else float("nan"),
+            preconditioned_sharpness=preconditioned_sharpness,
+            stability_ratio=stability_ratio,
+            learning_rate=1.0 / sharpness if sharpness > 0.0 else math.nan,
             captured_gradient_fraction=captured,
             gradient_noise_scale=None if batch is None else _noise_scale(gradients, batch),
         )
 
+    def _stability(self, sharpness: float) -> tuple[float | None, float | None]:
+        """Preconditioned sharpness and stability ratio."""
+        if self.optimizer is None or not is_known(self.optimizer):
+            return None, None
+        decay, stable = added_weight_decay(self.optimizer), stable_sharpness(self.optimizer)
+        if decay is None:
+            return None, None
+        preconditioned = sharpness + decay
+        if self.preconditioned is not None:
+            preconditioned = _largest(self.preconditioned.eigenvalues)
+        return preconditioned, None if stable is None else preconditioned / stable
+
+    def _warn(self, step: int, ratio: float | None) -> None:
+        """Say that the limit of stability is passed, once each time."""
+        if ratio is None:
+            return
+        if ratio > 1.0 and not self._unstable:
+            self._unstable = True
+            logger.warning(
+                "step %d: rate × sharpness is %.2f of the limit of %s: oscillation or divergence may follow",
+                step,
+                ratio,
+                type(self.optimizer).__name__,
+            )
+        elif ratio < _STABLE_AGAIN:
+            self._unstable = False
+
     def _gradients(self, evaluate: Callable[[], Tensor] | ReplicaClosure, displacements: Tensor) -> Tensor:
         """Gradients, `(count, N)`, at displaced parameters; leaves no trace in the model."""
-        with _untouched(self._model):
+        with untouched(self._model):
             if isinstance(evaluate, ReplicaClosure):
                 return evaluate.gradients(self._parameters, self._point() + displacements).gradients
             self._displace(displacements[0])
@@ -207,6 +281,10 @@ class CurvatureMonitor:
         )
 
 
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else math.nan
+
+
 def _noise_scale(gradients: Tensor, batch: int) -> float | None:
     """`b S² / |g|²` with M gradients of b samples each: S² their variance, `|g|² = ‖ḡ‖² − S²/M` the signal."""
     M = len(gradients)
@@ -216,29 +294,3 @@ def _noise_scale(gradients: Tensor, batch: int) -> float | None:
     variance = float((gradients - mean).square().sum()) / (M - 1)
     signal = float(mean @ mean) - variance / M
     return batch / M * variance / signal if signal > 0.0 else float("inf")
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Restore parameters, buffers and random state afterwards, bit for bit."""
-    buffers = [(module, *item) for module in model.modules() for item in module.named_buffers(recurse=False)]
-    # What `expand` made cannot be written to, neither by the model.
-    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if not _is_expanded(buffer))]
-    with torch.no_grad():
-        saved = [tensor.clone() for tensor in tensors]
-    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    torch.clear_autocast_cache()  # casts of the parameters would not see their displacement, or outlive it
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        torch.clear_autocast_cache()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

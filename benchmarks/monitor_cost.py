@@ -1,0 +1,246 @@
+"""What a `CurvatureMonitor` costs: beside a training step, and beside Lanczos at the accuracy that it reaches.
+
+The reference convnet is trained on MNIST by SGD with momentum, batch 256.
+
+Share of a step: blocks of ten steps with a monitor and without take turns in one run, so that the load of the machine
+falls on all; the ratio is that of the median times of a block.
+
+Against Lanczos: at some steps the sharpness is compared with the truth, Lanczos to convergence over 2,000 training
+samples. Then the cheapest fresh Lanczos is looked for whose median error is no larger than the monitor's: over more or
+fewer steps, each a Hessian-vector product by double backward (hessian-eigenthings), and over more or fewer samples. An
+observation of the monitor costs what its block of steps takes longer.
+
+Writes `monitor_cost.json`, `.png` and `.svg`.
+
+    python benchmarks/monitor_cost.py --data mnist.npz                        # ten minutes
+    python benchmarks/monitor_cost.py --data mnist.npz --steps 130 --blocks 2 # a look
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hessian_eigenthings
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from replica_newton import CurvatureMonitor, CurvatureObservation, Simulated
+from replica_newton.files import replace_file
+from replica_newton.report.style import save_figure, style
+from replica_newton.training.datasets import Dataset, load_dataset
+from replica_newton.training.models import reference_convnet
+
+BATCH, RANK, EVERY = 256, 8, 10
+REFERENCE_SAMPLES, REFERENCE_STEPS = 2000, 40
+LANCZOS_SAMPLES, LANCZOS_STEPS = (256, 512, 1024, 2000), 20
+COLOURS = {"1 process, .grad reused": "#009E73", "1 process": "#0072B2", "8 replicas": "#D55E00"}
+LIMIT = 1.15
+FIRST_STEP, COMPARED_EVERY = 120, 6 * EVERY
+"""Before its second sweep of directions, in turn, a monitor in one process knows nothing to compare."""
+
+
+class Run:
+    """A network in training, with the monitor of a mode, or none.
+
+    Args:
+        dataset: MNIST.
+        mode: a key of `COLOURS`, or None.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str | None) -> None:
+        torch.manual_seed(0)
+        self.dataset, self.mode = dataset, mode
+        self.model = reference_convnet(dataset.input_shape)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9)
+        reuse = mode == "1 process, .grad reused"
+        self.monitor = CurvatureMonitor(self.model, rank=RANK, every=EVERY, reuse_gradient=reuse)
+        self.replicas = Simulated(RANK)
+        self.generator = torch.Generator().manual_seed(0)
+        self.steps = 0
+
+    def step(self) -> CurvatureObservation | None:
+        """One training step, with a look at the curvature where one is due."""
+        chosen = torch.randint(len(self.dataset.train_labels), (BATCH,), generator=self.generator)
+        x, y = self.dataset.train_inputs[chosen], self.dataset.train_labels[chosen]
+        self.optimizer.zero_grad()
+        loss(self.model, x, y).backward()  # type: ignore[no-untyped-call]
+        seen = None
+        if self.mode == "8 replicas":
+            seen = self.monitor.observe(self.replicas.closure(self.model, nn.functional.cross_entropy, x, y))
+        elif self.mode is not None:
+            seen = self.monitor.observe(partial(loss, self.model, x, y))
+        self.optimizer.step()
+        self.steps += 1
+        return seen
+
+
+def main() -> None:
+    """Measure, write, and say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="MNIST; by default the folder in REPLICA_NEWTON_DATA")
+    parser.add_argument("--steps", type=int, default=600, help="training steps for the accuracy (default 600)")
+    parser.add_argument("--blocks", type=int, default=60, help="blocks of ten steps timed for each mode (default 60)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
+    options = parser.parse_args()
+    if options.steps <= FIRST_STEP or options.blocks < 1:
+        parser.error(f"--steps must be > {FIRST_STEP} and --blocks >= 1, got {options.steps} and {options.blocks}")
+    torch.set_num_threads(1)
+    dataset = load_dataset("mnist", options.data)
+    blocks = time_blocks(dataset, options.blocks)
+    against = compare(dataset, options.steps, blocks)
+    result = {
+        "batch": BATCH,
+        "every": EVERY,
+        "rank": RANK,
+        "threads": 1,
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "blocks": blocks,
+        "lanczos": against,
+    }
+    replace_file(options.out / "monitor_cost.json", (json.dumps(result, indent=1) + "\n").encode())
+    save_figure(draw(result), options.out, "monitor_cost")
+    console = Console()
+    for mode, one in against["modes"].items():
+        console.print(
+            f"{mode}: a step takes {blocks[mode]['ratio']:.3f} times as long; {describe(one)}", highlight=False
+        )
+
+
+def describe(one: dict[str, Any]) -> str:
+    """What the comparison with Lanczos says."""
+    error = f"median error {one['monitor_error']:.1%}"
+    if one["cheapest"] is None:
+        return f"{error}, which no Lanczos here reaches"
+    cheapest = one["cheapest"]
+    return (
+        f"{error}, for which Lanczos needs {cheapest['steps']} steps over {cheapest['samples']} samples, "
+        f"{one['times_cheaper']:.1f} times the time of an observation"
+    )
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Loss of one batch."""
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def time_blocks(dataset: Dataset, repetitions: int) -> dict[str, Any]:
+    """Median milliseconds of `EVERY` steps by mode, the modes taken in turn, and their ratio to none."""
+    runs = {mode or "none": Run(dataset, mode) for mode in (None, *COLOURS)}
+    taken: dict[str, list[float]] = {mode: [] for mode in runs}
+    for repetition in track(range(repetitions + 1), "share of a step", transient=True):
+        for mode, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(EVERY):
+                run.step()
+            if repetition:  # the first calls allocate and compile
+                taken[mode].append((time.perf_counter() - start) * 1e3)
+    medians = {mode: statistics.median(times) for mode, times in taken.items()}
+    return {mode: {"ms": ms, "ratio": ms / medians["none"]} for mode, ms in medians.items()}
+
+
+def compare(dataset: Dataset, steps: int, blocks: dict[str, Any]) -> dict[str, Any]:
+    """The monitors' errors while training, and for each the cheapest Lanczos that is as good."""
+    runs = {mode: Run(dataset, mode) for mode in COLOURS}  # the same trajectory, as monitors leave no trace
+    monitor_errors: dict[str, list[float]] = {mode: [] for mode in runs}
+    errors: dict[tuple[int, int], list[float]] = {}
+    times: dict[int, list[float]] = {samples: [] for samples in LANCZOS_SAMPLES}
+    for step in track(range(steps), "accuracy", transient=True):
+        model = copy.deepcopy(runs["8 replicas"].model)  # where the monitors are about to look
+        seen = {mode: run.step() for mode, run in runs.items()}
+        if step < FIRST_STEP or step % COMPARED_EVERY:
+            continue
+        truth = lanczos(model, dataset, 0, REFERENCE_SAMPLES, REFERENCE_STEPS)[0][-1]
+        for mode, observation in seen.items():
+            if observation is not None:
+                monitor_errors[mode].append(abs(observation.sharpness - truth) / truth)
+        for samples in LANCZOS_SAMPLES:
+            # Other samples than the truth's, as the monitor's are.
+            values, seconds = lanczos(model, dataset, REFERENCE_SAMPLES + step * BATCH, samples, LANCZOS_STEPS)
+            times[samples].append(1e3 * seconds / LANCZOS_STEPS)
+            for taken, value in enumerate(values, start=1):
+                errors.setdefault((samples, taken), []).append(abs(value - truth) / truth)
+    products = {samples: statistics.median(ms) for samples, ms in times.items()}
+    settings = [
+        {"samples": n, "steps": k, "error": statistics.median(found), "ms": k * products[n]}
+        for (n, k), found in errors.items()
+    ]
+    return {
+        "settings": settings,
+        "modes": {mode: beside(blocks, mode, monitor_errors[mode], settings) for mode in runs},
+    }
+
+
+def beside(
+    blocks: dict[str, Any], mode: str, monitor_errors: list[float], settings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One monitor beside the cheapest Lanczos that is as good."""
+    reached = statistics.median(monitor_errors)
+    cheapest = min((one for one in settings if one["error"] <= reached), key=lambda one: one["ms"], default=None)
+    observation = blocks[mode]["ms"] - blocks["none"]["ms"]
+    return {
+        "observations": len(monitor_errors),
+        "monitor_error": reached,
+        "observation_ms": observation,
+        "cheapest": cheapest,
+        "times_cheaper": None if cheapest is None else cheapest["ms"] / observation,
+    }
+
+
+def lanczos(model: nn.Module, dataset: Dataset, first: int, samples: int, steps: int) -> tuple[list[float], float]:
+    """Largest Ritz value after every Lanczos step, and the seconds of all steps."""
+    chosen = torch.arange(first, first + samples) % len(dataset.train_labels)
+    batch = (dataset.train_inputs[chosen], dataset.train_labels[chosen])
+    operator = hessian_eigenthings.HessianOperator(model, [batch], lambda model, batch: loss(model, *batch))
+    start = torch.randn(operator.size, generator=torch.Generator().manual_seed(1))
+    began = time.perf_counter()
+    found = hessian_eigenthings.lanczos_tridiagonal(operator, start, steps)
+    seconds = time.perf_counter() - began
+    matrix = found.alphas.diag() + found.betas.diag(1) + found.betas.diag(-1)
+    values = [float(torch.linalg.eigvalsh(matrix[:k, :k]).max()) for k in range(1, len(matrix) + 1)]
+    return values, seconds
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Ratios of step times, and error against time for the monitor and Lanczos."""
+    with style():
+        figure = Figure(figsize=(10, 4.0), layout="constrained")
+        share, against = figure.subplots(1, 2)
+        ratios = [result["blocks"][mode]["ratio"] for mode in COLOURS]
+        share.barh(list(COLOURS), [ratio - 1 for ratio in ratios], left=1.0, color=list(COLOURS.values()))
+        share.axvline(LIMIT, color="#707070", linestyle="--", linewidth=1.1)
+        share.set_xlim(min(1.0, *ratios) - 0.01, max(LIMIT, *ratios) + 0.02)
+        share.invert_yaxis()
+        share.grid(visible=False, axis="y")
+        share.set_xlabel("time of a step over one without monitor")
+        share.set_title(f"Beside training, a probe every {result['every']} steps")
+        settings = result["lanczos"]["settings"]
+        for samples, shade in zip(LANCZOS_SAMPLES, ("#c0c0c0", "#909090", "#606060", "#000000"), strict=True):
+            line = [one for one in settings if one["samples"] == samples]
+            against.loglog(
+                [one["ms"] for one in line],
+                [one["error"] for one in line],
+                ".-",
+                color=shade,
+                linewidth=1,
+                label=f"Lanczos, {samples} samples",
+            )
+        for mode, one in result["lanczos"]["modes"].items():
+            if one["observation_ms"] > 0.0:
+                against.loglog(one["observation_ms"], one["monitor_error"], "D", color=COLOURS[mode], label=mode)
+        against.set(xlabel="time (ms)", ylabel="median error of the sharpness", title="Against Lanczos from nothing")
+        against.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

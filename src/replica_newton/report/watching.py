@@ -1,0 +1,93 @@
+"""Everything that looks on while a run trains: the monitor with its panel and file, and the trackers."""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from replica_newton.monitor import CurvatureObservation
+from replica_newton.report.panel import CurvaturePanel, stability_limit
+from replica_newton.trackers import TRACKERS, JsonLinesTracker, Tracker, missing_package
+from replica_newton.training.loop import Observer
+from replica_newton.training.run import RunConfig, RunError
+from replica_newton.training.watch import CurvatureWatch, TrackedRun, curvature_values, log_finite
+
+CURVATURE = "curvature.jsonl"
+
+
+class Watching(NamedTuple):
+    """What looks on.
+
+    Attributes:
+        trackers: that are open.
+        panel: for the terminal, None without a monitor.
+        watch: for the loop, None without a monitor.
+    """
+
+    trackers: Sequence[Tracker]
+    panel: CurvaturePanel | None
+    watch: CurvatureWatch | None
+
+    def observer(self, display: Observer) -> Observer:
+        """The display, with the trackers and the panel behind it.
+
+        Args:
+            display: that is told of steps and epochs too.
+
+        Returns:
+            An observer for the loop.
+        """
+        return TrackedRun(display, self.trackers, None if self.panel is None else self.panel.loss)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers exist and are installed.
+
+    Args:
+        names: keys of `TRACKERS`.
+
+    Raises:
+        RunError: if one does not exist, is not installed, or is named twice.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RunError(f"tracker must be one of {', '.join(TRACKERS)}, got {name!r}")
+        if name != "jsonl" and importlib.util.find_spec(name) is None:
+            raise RunError(missing_package(name))
+    if len(set(names)) < len(names):
+        raise RunError(f"every tracker must be named once, got {', '.join(names)}")
+
+
+@contextmanager
+def watching(
+    config: RunConfig, folder: Path, completed_steps: int, *, monitor: int | None, trackers: Sequence[str]
+) -> Iterator[Watching]:
+    """Open what looks on, and close it at the end.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        completed_steps: steps taken before.
+        monitor: steps from one probe to the next, None for no monitor.
+        trackers: names of those to log to.
+
+    Yields:
+        What looks on.
+    """
+    with ExitStack() as stack:
+        opened: list[Tracker] = [
+            stack.enter_context(closing(TRACKERS[name](folder, folder.name, completed_steps))) for name in trackers
+        ]
+        if monitor is None:
+            yield Watching(opened, None, None)
+            return
+        lines = JsonLinesTracker(folder / CURVATURE, first_step=completed_steps)
+        logs: list[Tracker] = [stack.enter_context(closing(lines)), *opened]
+        panel = CurvaturePanel(stability_limit(config.method, config.learning_rate or 0.0))
+
+        def report(step: int, seen: CurvatureObservation) -> None:
+            panel.observe(step, seen)
+            log_finite(logs, step, curvature_values(seen))
+
+        yield Watching(opened, panel, CurvatureWatch(monitor, report))
