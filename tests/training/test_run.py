@@ -40,7 +40,7 @@ def run_state(epochs: int = 2) -> RunState:
     return RunState(
         CONFIG,
         [epoch(number) for number in range(1, epochs + 1)],
-        Progress(3, 5.5, 96, 0.125, 1),
+        Progress(3, 5.5, 96, 0.125),
         model,
         optimizer,
         torch.get_rng_state().clone(),
