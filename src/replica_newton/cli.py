@@ -259,7 +259,7 @@ def reproduce(
 
 
 @app.command(
-    epilog="Examples:\n\n[bold]replica-newton benchmark --quick --task digits-mlp,text-transformer[/bold]   (built-in data)\n\n"
+    epilog="Examples:\n\n[bold]replica-newton benchmark --quick --task digits-mlp,text-transformer[/bold]\n\n"
     "[bold]replica-newton benchmark --task mnist-relu --method sgd,adam,replica-newton --data mnist.npz[/bold]\n\n"
     "[bold]replica-newton benchmark --data FOLDER[/bold]   (mnist.npz and cifar10.npz, or their files, in FOLDER)"
 )

@@ -31,7 +31,7 @@ def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
 def autoencoder(pixels: int, widths: Sequence[int] = AUTOENCODER_WIDTHS) -> nn.Sequential:
     """A deep autoencoder: logistic units, a linear code, and the encoder mirrored as the decoder.
 
-    470,844 parameters for 784 pixels. Weights are Xavier-normal, so that signals pass eight layers.
+    471,674 parameters for 784 pixels. Weights are Xavier-normal, so that signals pass eight layers.
 
     Args:
         pixels: numbers in a sample.

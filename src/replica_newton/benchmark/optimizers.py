@@ -240,7 +240,7 @@ METHODS: dict[str, Method] = {
         peer_package=True,
     ),
     OURS: Method("ReplicaNewton", "ours", (OUR_RATE,), _replicas(8), "saddle-free, M = 8, common data"),
-    "M=1": _ablation("M = 1: no curvature", _replicas(1)),
+    "M=1": _ablation("M = 1: no curvature, which is SGD", _torch(torch.optim.SGD)),
     "M=2": _ablation("M = 2", _replicas(2)),
     "M=4": _ablation("M = 4", _replicas(4)),
     "random-directions": _ablation("random directions (placebo)", _replicas(8, spread=RandomDirections)),
