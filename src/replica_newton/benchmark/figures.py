@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -156,12 +157,12 @@ def _legend(figure: Figure, tasks: Mapping[str, Mapping[str, object]]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
 
 
-def _line(method: str) -> dict[str, object]:
+def _line(method: str) -> dict[str, Any]:
     """Ours is thick; first-order peers have solid lines, second-order ones dashed, six hues each."""
     return _LINES.get(method, {"color": "#808080", "linestyle": ":", "linewidth": 1.2})
 
 
-def _lines() -> Iterator[tuple[str, dict[str, object]]]:
+def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
     hues = [hue for hue in LINE_HUES if hue != _OURS_HUE]
     for family, dash in (("first-order", "-"), ("second-order", (0, (4, 1.6)))):
         names = [name for name, method in METHODS.items() if method.family == family]

@@ -228,7 +228,7 @@ def _step(stepper: Stepper, inputs: Tensor, targets: Tensor) -> tuple[float, int
     """A step; nan where the method has lost its footing."""
     try:
         return stepper.step(inputs, targets)
-    except (FloatingPointError, torch.linalg.LinAlgError):
+    except (FloatingPointError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return math.nan, len(inputs)
 
 

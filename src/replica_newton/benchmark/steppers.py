@@ -140,7 +140,7 @@ class DiagonalHessian(Stepper):
         diagonal = self._diagonal(gradients, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.detach()
-        self.optimizer.step(hessian=diagonal)  # type: ignore[call-arg]
+        self.optimizer.step(hessian=diagonal)  # type: ignore[call-overload]
         return float(loss.detach()), (1 + HESSIAN_PRODUCT_COST) * len(inputs)
 
     def _diagonal(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
