@@ -92,11 +92,11 @@ class Plan:
         # One pass over all tasks before the next, so that a benchmark that is stopped early has something of each.
         rest: list[Run] = []
         for task, method in self.pairs():
-            rates, settled = self._tuning(records, task, method)
+            rates, finals = self._tuning(records, task, method)
             yield from (self.run(task, method, rate, 0) for rate in rates)
-            compared = self._compared(records, task, method) if settled else rates[: 2 * self.extent.neighbours + 1]
+            compared = self._compared(rates, finals) if finals else rates[: 2 * self.extent.neighbours + 1]
             rest += [
-                self.run(task, method, rate, seed, tentative=not settled)
+                self.run(task, method, rate, seed, tentative=finals is None)
                 for seed in range(1, self.extent.seeds)
                 for rate in compared
             ]
@@ -130,19 +130,19 @@ class Plan:
         Returns:
             The entry; None as long as a run is missing.
         """
-        rates, settled = self._tuning(records, task, method)
-        if not settled:
+        rates, tuned = self._tuning(records, task, method)
+        if tuned is None:
             return None
-        finals: dict[float, list[float]] = {}
-        for rate in self._compared(records, task, method):
-            found = [self._final(records, task, method, rate, seed) for seed in range(self.extent.seeds)]
-            if any(value is None for value in found):
-                return None
-            finals[rate] = [value for value in found if value is not None]
-        finals |= {rate: [self._final(records, task, method, rate, 0) or 0.0] for rate in rates if rate not in finals}
+        finals = {rate: [value] for rate, value in zip(rates, tuned, strict=True)}
+        for rate in self._compared(rates, tuned):
+            for seed in range(1, self.extent.seeds):
+                value = self._final(records, task, method, rate, seed)
+                if value is None:
+                    return None
+                finals[rate].append(value)
         compared = [rate for rate in finals if len(finals[rate]) == self.extent.seeds]
         best = min(compared, key=lambda rate: (median(finals[rate]), rate))
-        return Entry(task, method, tuple(rates), dict(sorted(finals.items())), best)
+        return Entry(task, method, tuple(rates), finals, best)
 
     def _final(self, records: dict[Run, Record], task: str, method: str, rate: float, seed: int) -> float | None:
         """Final NLL of a run, infinite if it diverged; None if it is missing."""
@@ -158,27 +158,25 @@ class Plan:
         start = (len(rates) - self.extent.rates) // 2
         return list(rates[start : start + self.extent.rates])
 
-    def _tuning(self, records: dict[Run, Record], task: str, method: str) -> tuple[list[float], bool]:
-        """Rates to be tried with seed 0, and whether there will be no more."""
+    def _tuning(self, records: dict[Run, Record], task: str, method: str) -> tuple[list[float], list[float] | None]:
+        """Rates to be tried with seed 0, and their final NLL once there will be no more of them."""
         rates = self._grid(method)
         below = above = self.extent.extensions if METHODS[method].tuned else 0
         while True:
-            finals = [self._final(records, task, method, rate, 0) for rate in rates]
-            known = [math.inf if value is None else value for value in finals]
-            if None in finals:
-                return rates, False
-            best = known.index(min(known))
+            found = [self._final(records, task, method, rate, 0) for rate in rates]
+            finals = [value for value in found if value is not None]
+            if len(finals) < len(rates):
+                return rates, None
+            best = finals.index(min(finals))
             if best == 0 and below:
                 rates, below = [neighbour(rates[0], up=False), *rates], below - 1
             elif best == len(rates) - 1 and above:
                 rates, above = [*rates, neighbour(rates[-1], up=True)], above - 1
             else:
-                return rates, True
+                return rates, finals
 
-    def _compared(self, records: dict[Run, Record], task: str, method: str) -> list[float]:
-        """Rates that are run with all seeds, once tuning is settled."""
-        rates, _ = self._tuning(records, task, method)
-        finals = [self._final(records, task, method, rate, 0) or 0.0 for rate in rates]
+    def _compared(self, rates: list[float], finals: list[float]) -> list[float]:
+        """Rates that are run with all seeds: the best of seed 0 and its neighbours."""
         best = finals.index(min(finals))
         return rates[max(0, best - self.extent.neighbours) : best + self.extent.neighbours + 1]
 
