@@ -16,7 +16,7 @@ from replica_newton.benchmark.plan import Entry
 from replica_newton.benchmark.run import Record
 from replica_newton.benchmark.tasks import TASKS
 from replica_newton.report.colours import LINE_HUES
-from replica_newton.report.formats import format_count, format_nll, format_seconds
+from replica_newton.report.formats import format_count, format_nll
 from replica_newton.report.style import style
 
 _OURS_HUE = "#D55E00"
@@ -49,7 +49,7 @@ def time_figure(curves: Curves) -> Figure:
     Returns:
         One panel for each task; the axis of time is logarithmic.
     """
-    return _curves_figure(curves, lambda point: point[1], "seconds on one processor", format_seconds, log=True)
+    return _curves_figure(curves, lambda point: point[1], "seconds on one processor", "{:g}".format, log=True)
 
 
 def rates_figure(entries: Mapping[str, Mapping[str, Entry]]) -> Figure:
@@ -76,7 +76,7 @@ def rates_figure(entries: Mapping[str, Mapping[str, Entry]]) -> Figure:
                 axes.plot(entry.rate, _drawn(finals[entry.rate]), "o", color=line["color"], markersize=4.5)
                 shown += finals.values()
             axes.set_xscale("log")
-            _title(axes, task, "learning rate")
+            _title(axes, task, "learning rate", "final training NLL")
             _logarithmic_losses(axes, [value for value in shown if math.isfinite(value)])
         _legend(figure, entries)
     return figure
@@ -106,6 +106,7 @@ def _curves_figure(
                 axes.set_xscale("log")
             _title(axes, task, label)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             top = _HIGHEST_SHOWN * max(firsts, default=1.0)
             _logarithmic_losses(axes, [value for value in shown if value <= top])
         _legend(figure, curves)
@@ -123,10 +124,10 @@ def _panels(tasks: Mapping[str, object]) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _title(axes: Axes, task: str, label: str) -> None:
+def _title(axes: Axes, task: str, label: str, losses: str = "training NLL") -> None:
     axes.set_title(TASKS[task].label, fontsize=10.5)
     axes.set_xlabel(label)
-    axes.set_ylabel("training NLL")
+    axes.set_ylabel(losses)
 
 
 def _logarithmic_losses(axes: Axes, values: Sequence[float]) -> None:
@@ -168,6 +169,8 @@ def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
         names = [name for name, method in METHODS.items() if method.family == family]
         for name, hue in zip(names, hues, strict=True):
             yield name, {"color": hue, "linestyle": dash, "linewidth": 1.3}
+    # Nearly the same as Adam, which it would hide.
+    yield "adamw", {"color": LINE_HUES[3], "linestyle": (0, (1.2, 1.6)), "linewidth": 1.8, "zorder": 3}
     yield OURS, {"color": _OURS_HUE, "linestyle": "-", "linewidth": 2.8, "zorder": 5}
 
 

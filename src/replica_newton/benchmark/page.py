@@ -73,7 +73,7 @@ def _environment() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processors": str(os.cpu_count()),
     }
 
