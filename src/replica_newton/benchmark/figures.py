@@ -167,7 +167,7 @@ def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
     hues = [hue for hue in LINE_HUES if hue != _OURS_HUE]
     for family, dash in (("first-order", "-"), ("second-order", (0, (4, 1.6)))):
         names = [name for name, method in METHODS.items() if method.family == family]
-        for name, hue in zip(names, hues, strict=True):
+        for name, hue in zip(names, hues, strict=False):  # a seventh would be grey
             yield name, {"color": hue, "linestyle": dash, "linewidth": 1.3}
     # Nearly the same as Adam, which it would hide.
     yield "adamw", {"color": LINE_HUES[3], "linestyle": (0, (1.2, 1.6)), "linewidth": 1.8, "zorder": 3}
