@@ -1,3 +1,8 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +58,18 @@ def test_a_process_that_dies_ends_it_with_the_name_of_the_job() -> None:
     jobs = Runner(lambda: [Square(13)], square, lambda *_: None, lambda: lambda _: 1.0, 1)
     with pytest.raises(RunError, match=r"has died .* during square of 13"):
         jobs.run(Observer())
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    command = [sys.executable, "-c", "from jobs import square_for_ever; square_for_ever()"]
+    folder = Path(__file__).parent
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        assert parent.stdout is not None
+        try:
+            for _ in range(2):
+                assert parent.stdout.readline() == "at work\n"
+            parent.kill()
+            # Its output ends with the last process that holds it: none is left then.
+            assert parent.communicate(timeout=20.0)[0] == ""
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)

@@ -7,7 +7,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.managers import SyncManager
+from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -130,7 +133,9 @@ class Runner(Generic[JobT]):
         context = get_context("spawn")
         before = {name: os.environ.get(name) for name in _ALLOCATOR}
         os.environ.update(_ALLOCATOR)
-        with context.Manager() as manager:
+        manager = SyncManager(ctx=context)
+        manager.start(_end_with_parent)
+        with manager:
             progress = manager.dict()
             pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(progress,))
             try:
@@ -151,6 +156,19 @@ def _start_worker(progress: Any) -> None:
     global _progress
     _progress = progress
     torch.set_num_threads(1)
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """From now on this process ends when its parent does: one that is killed cannot end it, and jobs would run on."""
+    Thread(target=_wait_for_the_end, daemon=True).start()
+
+
+def _wait_for_the_end() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 def _do(work: Callable[[JobT, Tell], Any], job: JobT) -> Any:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 import pytest
 
 from replica_newton.benchmark.optimizers import METHODS
-from replica_newton.benchmark.plan import QUICK, Extent, Plan, neighbour
+from replica_newton.benchmark.plan import QUICK, Extent, Plan
 from replica_newton.benchmark.results import Records
 from replica_newton.benchmark.run import Run
 from replica_newton.benchmark.tasks import TASKS
+from replica_newton.training.rates import neighbour
 
 Completed = Callable[[Plan, Callable[[Run], float]], tuple[Records, list[Run]]]
 
@@ -112,9 +113,3 @@ def test_every_peer_has_five_rates_of_the_ladder() -> None:
         if method.is_peer:
             assert len(method.rates) >= 5, name
             assert [neighbour(rate, up=True) for rate in method.rates[:-1]] == list(method.rates[1:])
-
-
-@pytest.mark.parametrize(("rate", "above"), [(0.001, 0.003), (0.003, 0.01), (0.3, 1.0), (1.0, 3.0), (3.0, 10.0)])
-def test_the_ladder(rate: float, above: float) -> None:
-    assert neighbour(rate, up=True) == above
-    assert neighbour(above, up=False) == rate

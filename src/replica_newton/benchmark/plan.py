@@ -8,6 +8,7 @@ from statistics import median
 from replica_newton.benchmark.optimizers import METHODS
 from replica_newton.benchmark.run import Record, Run
 from replica_newton.benchmark.tasks import TASKS
+from replica_newton.training.rates import tune
 
 
 @dataclass(frozen=True)
@@ -160,39 +161,10 @@ class Plan:
 
     def _tuning(self, records: dict[Run, Record], task: str, method: str) -> tuple[list[float], list[float] | None]:
         """Rates to be tried with seed 0, and their final NLL once there will be no more of them."""
-        rates = self._grid(method)
-        below = above = self.extent.extensions if METHODS[method].tuned else 0
-        while True:
-            found = [self._final(records, task, method, rate, 0) for rate in rates]
-            finals = [value for value in found if value is not None]
-            if len(finals) < len(rates):
-                return rates, None
-            best = finals.index(min(finals))
-            if best == 0 and below:
-                rates, below = [neighbour(rates[0], up=False), *rates], below - 1
-            elif best == len(rates) - 1 and above:
-                rates, above = [*rates, neighbour(rates[-1], up=True)], above - 1
-            else:
-                return rates, finals
+        extensions = self.extent.extensions if METHODS[method].tuned else 0
+        return tune(self._grid(method), lambda rate: self._final(records, task, method, rate, 0), extensions)
 
     def _compared(self, rates: list[float], finals: list[float]) -> list[float]:
         """Rates that are run with all seeds: the best of seed 0 and its neighbours."""
         best = finals.index(min(finals))
         return rates[max(0, best - self.extent.neighbours) : best + self.extent.neighbours + 1]
-
-
-def neighbour(rate: float, *, up: bool) -> float:
-    """The rate that is next on the ladder of 1, 3, 10 and so on.
-
-    Args:
-        rate: on the ladder.
-        up: whether the next larger.
-
-    Returns:
-        The rate.
-    """
-    exponent = math.floor(math.log10(rate) + 1e-9)
-    three = rate / 10.0**exponent > 2.0
-    if up:
-        return float(f"1e{exponent + 1}") if three else float(f"3e{exponent}")
-    return float(f"1e{exponent}") if three else float(f"3e{exponent - 1}")
