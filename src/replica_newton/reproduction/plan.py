@@ -160,23 +160,41 @@ class Plan:
             number: of the round, from 0.
 
         Returns:
-            Root mean square over data sets and M, by candidate; None as long as a run is missing.
+            By candidate; None as long as a run is missing.
         """
         candidates = self.candidates(results, number)
         if candidates is None:
             return None
-        set_ups = self.set_ups(results)
-        found = {}
+        set_ups, found = self.set_ups(results), {}
         for candidate in candidates:
-            squares = []
-            for dataset, requests in self._candidate_requests(set_ups, candidate, number).items():
-                records = [results.get(request.experiment, request.epochs) for request in requests]
-                if any(request.tentative for request in requests) or any(record is None for record in records):
-                    return None
-                curves = {record.experiment.replicas: record.train_nll for record in records if record is not None}
-                squares.append(distance(dataset, curves) ** 2)
-            found[candidate] = math.sqrt(sum(squares) / len(squares))
+            one = self.candidate_distance(results, candidate, number, set_ups)
+            if one is None:
+                return None
+            found[candidate] = one
         return found
+
+    def candidate_distance(
+        self, results: Results, candidate: Candidate, number: int, set_ups: Mapping[str, SetUp | None]
+    ) -> float | None:
+        """Distance of one candidate to the poster, with the epochs and replicas of a round.
+
+        Args:
+            results: what is known.
+            candidate: reading and rate, whether it is in this round or not.
+            number: of the round, from 0.
+            set_ups: of every data set.
+
+        Returns:
+            Root mean square over data sets and M; None as long as a run is missing.
+        """
+        squares = []
+        for dataset, requests in self._candidate_requests(set_ups, candidate, number).items():
+            records = [results.get(request.experiment, request.epochs) for request in requests]
+            if any(request.tentative for request in requests) or any(record is None for record in records):
+                return None
+            curves = {record.experiment.replicas: record.train_nll for record in records if record is not None}
+            squares.append(distance(dataset, curves) ** 2)
+        return math.sqrt(sum(squares) / len(squares))
 
     def best(self, results: Results) -> Candidate | None:
         """The reading, and its rate, that comes closest to the poster in the last round.
