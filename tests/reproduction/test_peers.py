@@ -17,7 +17,7 @@ def run(curves: dict[float, tuple[float, ...]]) -> tuple[Results, list[Request]]
     """All that is asked for, in order, from made-up curves of four epochs; all other rates diverge at once."""
     results, order = Results(), []
     while True:
-        requests = [*TUNING.short_requests(results), *TUNING.finalists(results)]
+        requests = [*TUNING.short_requests(results), *TUNING.whole_requests(results)]
         missing = [one for one in requests if not one.tentative and results.get(one.experiment, one.epochs) is None]
         if not missing:
             return results, order
@@ -38,24 +38,19 @@ CURVES = {
 }
 
 
-def test_the_best_of_the_short_runs_that_diverges_later_is_replaced_by_the_next_ones() -> None:
+def test_the_best_of_the_short_runs_is_run_for_the_whole_length_and_what_diverges_is_replaced() -> None:
     results, order = run(CURVES)
     assert tried(order, 2) == [0.03, 0.1, 0.3, 1.0, 3.0]
-    assert tried(order, 4) == [1.0, 0.3, 0.1]
-    assert [one.experiment.rate for one in TUNING.finalists(results)] == [1.0, 0.3, 0.1]
-
-
-def test_the_best_is_that_of_the_last_epoch_of_the_whole_length() -> None:
-    results, _ = run(CURVES)
+    assert tried(order, 4) == [1.0, 0.3], "1 diverges in its third epoch"
+    assert [one.experiment.rate for one in TUNING.whole_requests(results)] == [1.0, 0.3]
     best = TUNING.best(results)
-    assert (best.experiment.rate, best.epochs, best.tentative) == (0.1, 4, False)
+    assert (best.experiment.rate, best.epochs, best.tentative) == (0.3, 4, False)
 
 
-def test_nothing_is_settled_before_all_is_run() -> None:
-    assert all(one.tentative for one in TUNING.finalists(Results()))
-    assert TUNING.best(Results()).tentative
-    results, order = run(CURVES)
-    del results.records[order[-1].experiment]
+def test_nothing_is_settled_before_the_short_runs() -> None:
+    assert [one.tentative for one in TUNING.whole_requests(Results())] == [True]
+    results, _ = run(CURVES)
+    del results.records[TUNING.short_requests(results)[0].experiment]
     assert TUNING.best(results).tentative
 
 

@@ -128,7 +128,8 @@ def peers_figure(curves: Mapping[str, Mapping[str, tuple[str, Record]]]) -> Figu
             at = least * numpy.arange(1, len(poster) + 1)
             axes.plot(at, poster, ".", color="#666666", markersize=3, label="poster, M = 8")
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10.0 * low else (1, 1.2, 1.5, 2, 3, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -216,7 +217,7 @@ def plateau_figure(steps: Mapping[str, Sequence[int | None]], limit: int) -> Fig
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.axvline(limit, color="#808080", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
-        axes.set_xlim(right=limit * 2.6)
+        axes.set_xlim(right=limit * 3.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axes.set_xlabel("steps on the plateau; dashed: the longest run")
     return figure

@@ -268,7 +268,7 @@ def _tuning(peer: PeerTuning, results: Results) -> dict[str, Any]:
     rates, losses = peer.short_losses(results)
     if losses is None:
         raise ValueError(f"the study must be finished; the tuning of {peer.method} is not")
-    whole = [_record(results, one) for one in peer.finalists(results)]
+    whole = [_record(results, one) for one in peer.whole_requests(results)]
     return {
         "short": [{"rate": rate, "last": finite_or_none(loss)} for rate, loss in zip(rates, losses, strict=True)],
         "at_end_of_grid": losses.index(min(losses)) in {0, len(rates) - 1},

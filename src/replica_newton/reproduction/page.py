@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -159,6 +159,7 @@ def _templates() -> Environment:
         "group": lambda groups, data, rate: next(one for one in groups if (one["data"], one["rate"]) == (data, rate)),
         "overshoot": _overshoot,
         "ratios": _ratios,
+        "cases": _cases,
     }
     return environment
 
@@ -189,6 +190,16 @@ def _overshoot(groups: list[dict[str, Any]]) -> list[tuple[int, float, str, dict
         }
         rows.append((*key, ranges))
     return rows
+
+
+def _cases(figure2: dict[str, Any], *falling: str) -> str:
+    """In how many of our cases the last NLL falls strictly along some numbers of replicas."""
+    held = [
+        all(low < high for high, low in pairwise(math.inf if last[M] is None else last[M] for M in falling))
+        for panel in figure2.values()
+        for last in (panel["literal"]["last"], panel["closest"]["last"])
+    ]
+    return f"{sum(held)} of {len(held)} cases"
 
 
 def _ratios(group: dict[str, Any]) -> str:

@@ -7,8 +7,6 @@ from replica_newton.reproduction.design import PEER_RATES, Extent, SetUp
 from replica_newton.reproduction.results import Request, Results
 from replica_newton.training.rates import tune
 
-FINALISTS = 2
-"""Rates whose run over the whole length must not diverge: the best after a few epochs need not be the best of all."""
 _EXTENSIONS = 4
 
 
@@ -17,8 +15,7 @@ class PeerTuning:
     """How the rate of a first-order method is found, in one panel's set-up.
 
     Every rate of its grid is run for a few epochs, with one rate more beyond either end as long as the best stands
-    there. From the best of them on, rates are run for the whole length until two have not diverged. Of those, the one
-    with the lowest NLL in the last epoch is the method's best.
+    there. The best is run for the whole length; if it diverges, the next best in its place, and so on.
 
     Attributes:
         dataset: which panel.
@@ -57,42 +54,36 @@ class PeerTuning:
         rates, _ = self.short_losses(results)
         return [self._request(rate, self.extent.tuning_epochs) for rate in rates]
 
-    def finalists(self, results: Results) -> list[Request]:
+    def whole_requests(self, results: Results) -> list[Request]:
         """The runs over the whole length.
 
         Args:
             results: what is known.
 
         Returns:
-            The runs, the best of the short ones first; tentative as long as these are not finished.
+            The run at the best rate of the short ones; where it is known to diverge, the next best behind it, and so
+            on. Tentative as long as the short runs are not finished.
         """
         rates, losses = self.short_losses(results)
         if losses is None:
-            return [self._request(rate, self.extent.epochs)._replace(tentative=True) for rate in rates[:FINALISTS]]
+            return [self._request(rates[0], self.extent.epochs)._replace(tentative=True)]
         chosen: list[Request] = []
-        survivors = 0
         for _, rate in sorted(zip(losses, rates, strict=True)):
             chosen.append(self._request(rate, self.extent.epochs))
-            survivors += self._last(results, rate, self.extent.epochs) != math.inf
-            if survivors == FINALISTS:
+            if self._last(results, rate, self.extent.epochs) != math.inf:
                 break
         return chosen
 
     def best(self, results: Results) -> Request:
-        """The run at the best rate.
+        """The run over the whole length that stands for the method.
 
         Args:
             results: what is known.
 
         Returns:
-            The run over the whole length; tentative as long as one that may be better is missing.
+            The last of `whole_requests`, which diverges only if all rates do.
         """
-        finalists = self.finalists(results)
-        losses = [self._last(results, one.experiment.rate, self.extent.epochs) for one in finalists]
-        known = [value for value in losses if value is not None]
-        if len(known) < len(losses) or any(one.tentative for one in finalists):
-            return finalists[0]._replace(tentative=True)
-        return finalists[known.index(min(known))]
+        return self.whole_requests(results)[-1]
 
     def _last(self, results: Results, rate: float, epochs: int) -> float | None:
         record = results.get(self._request(rate, epochs).experiment, epochs)

@@ -331,7 +331,7 @@ class Plan:
         unsettled = self.set_up(results, dataset) is None
         tunings = [self.peer(results, dataset, method) for method in PEER_RATES]
         short = [request for one in tunings for request in one.short_requests(results)]
-        for request in (*short, *(request for one in tunings for request in one.finalists(results))):
+        for request in (*short, *(request for one in tunings for request in one.whole_requests(results))):
             yield request._replace(tentative=request.tentative or unsettled)
         yield self._sharpness_rate(results, dataset)
 
