@@ -96,7 +96,8 @@ def test_lines_and_bands_show_the_measurements(measurements):
 
 def test_legends(measurements):
     axes = mechanism_figure(measurements).axes
-    assert labels(axes[2]) == {f"{data}, α = {rate}" for data in ("own shards", "common shard") for rate in (0.01, 0.3)}
+    groups = {f"{data}, α = {rate}" for data in ("own shards", "common shard") for rate in (0.01, 0.3)}
+    assert labels(axes[2]) == groups | {"taken = true"}
     assert {"random", "local steps", "power iteration"} < labels(axes[3])
     assert any(label.startswith("step 600: gap × 3.14 after 10") for label in labels(axes[5]))
 

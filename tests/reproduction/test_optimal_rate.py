@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton.report.style import save_figure
+from replica_newton.reproduction import optimal_rate
 from replica_newton.reproduction.optimal_rate import (
     MULTIPLES,
     SETTINGS,
@@ -172,6 +173,12 @@ def test_what_cannot_be_measured_is_refused(digits: Dataset):
         measure_optimal_rate(load_dataset("digits", train_limit=100), quick=True)
     with pytest.raises(ValueError, match="activation="):
         measure_optimal_rate(digits, activation="sine", quick=True)  # type: ignore[arg-type]
+
+
+def test_nothing_to_descend_is_an_error_and_no_division_by_zero(digits: Dataset, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimal_rate, "_loss", lambda *_: 0.0)
+    with pytest.raises(ValueError, match="loss and λ_max at the checkpoint must be > 0, got 0 and "):
+        measure_optimal_rate(digits, seeds=(0,), quick=True)
 
 
 def test_an_onset_is_where_a_property_starts_to_hold_for_good():

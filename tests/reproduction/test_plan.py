@@ -82,7 +82,8 @@ def test_what_is_not_settled_is_counted_as_much_as_it_will_be(study: tuple[Plan,
     plan, results, _ = study
     before = list(plan.requests(Results()))
     after = list(plan.requests(results))
-    assert len(before) == pytest.approx(len(after), abs=3)
+    # The rates that a grid turns out to need beyond its ends are few.
+    assert len(before) == pytest.approx(len(after), rel=0.01)
     assert sum(one.epochs for one in before) == pytest.approx(sum(one.epochs for one in after), rel=0.05)
 
 
@@ -116,10 +117,12 @@ def test_the_figure_has_every_curve_at_its_full_length(study: tuple[Plan, Result
         }
 
 
-def test_peers_run_at_their_best_rate_that_does_not_diverge(study: tuple[Plan, Results, list[Request]]) -> None:
+def test_peers_run_at_their_best_rate_even_beyond_their_grid(
+    study: tuple[Plan, Results, list[Request]],
+) -> None:
     plan, results, _ = study
     best = {one.experiment.method: one.experiment.rate for one in plan.best_peers(results, "mnist")}
-    assert best == {"sgd": 0.03, "momentum": 0.01, "adam": 0.01, "sharpness-rate": 0.01}
+    assert best == {"sgd": 0.01, "momentum": 0.01, "adam": 0.01, "sharpness-rate": 0.01}
 
 
 def test_all_lengths_of_a_run_are_one_run() -> None:

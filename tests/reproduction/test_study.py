@@ -41,9 +41,9 @@ class Silent:
         assert all(0.0 <= epochs <= of for _, epochs, of in running)
         self.shares.append(done / total)
 
-    def finish(self, task: Task, record: Record | None) -> None:
+    def finish(self, task: Task, outcome: Any) -> None:
         """Remember the task, and stop if it is time."""
-        assert (record is None) == isinstance(task, Measurement)
+        assert isinstance(outcome, Record) != isinstance(task, Measurement)
         self.finished.append(task)
         if len(self.finished) == self.stop_after:
             raise KeyboardInterrupt
@@ -112,9 +112,9 @@ def test_a_killed_process_is_named_and_loses_nothing(images: Path, tmp_path: Pat
     class Killer(Silent):
         """Kills a worker when three tasks are finished."""
 
-        def finish(self, task: Task, record: Record | None) -> None:
+        def finish(self, task: Task, outcome: Any) -> None:
             """Remember, and kill."""
-            super().finish(task, record)
+            super().finish(task, outcome)
             if len(self.finished) == 3:
                 for process in _children():
                     os.kill(process, signal.SIGKILL)

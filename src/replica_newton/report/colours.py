@@ -6,6 +6,8 @@ from itertools import cycle
 # Okabe & Ito, "Color Universal Design" (2008). Known methods keep their hue from one figure to the next.
 _KNOWN_HUES = {"sgd": "#000000", "momentum": "#009E73", "adam": "#CC79A7", "paper": "#0072B2", "saddle-free": "#D55E00"}
 _FURTHER_HUES = ("#E69F00", "#56B4E9", "#F0E442")
+LINE_HUES = (*_KNOWN_HUES.values(), *_FURTHER_HUES[:2])
+"""Seven hues that thin lines can have on white: yellow is left out."""
 
 # CIE lightness L*. The lightest still has a contrast of 3 : 1 against white (WCAG's rule for graphics); the steps
 # between four numbers of replicas are about 15, many times the just noticeable difference.

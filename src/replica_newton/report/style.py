@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from replica_newton.files import replace_file
 
 _DPI = 180
+_LAYOUT_PASSES = 3
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#808080",
@@ -45,6 +46,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
         name: Name of the files without its ending.
     """
     png = io.BytesIO()
+    _settle(figure)
     with style():
         figure.savefig(png, format="png", dpi=_DPI)
     replace_file(folder / f"{name}.png", png.getvalue())
@@ -61,6 +63,15 @@ def figure_svg(figure: Figure) -> str:
         The whole SVG file, the same one for the same figure.
     """
     svg = io.BytesIO()
+    _settle(figure)
     with style():
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return svg.getvalue().decode()
+
+
+def _settle(figure: Figure) -> None:
+    """Find the places of all axes and keep them: a constrained layout moves them a little whenever it is drawn."""
+    with style():
+        for _ in range(_LAYOUT_PASSES):
+            figure.draw_without_rendering()
+    figure.set_layout_engine("none")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from replica_newton.report.formats import format_count
 from replica_newton.report.style import style
@@ -123,21 +123,15 @@ def peers_figure(curves: Mapping[str, Mapping[str, tuple[str, Record]]]) -> Figu
                 evaluations = numpy.array(record.gradient_evaluations, dtype=float)
                 every = max(1, len(nll) // 10)
                 axes.plot(evaluations, nll, color=colour, marker=marker, markevery=every, markersize=4.5, label=label)
-            samples = max(record.gradient_evaluations[0] for _, record in runs.values() if record.gradient_evaluations)
             least = min(record.gradient_evaluations[0] for _, record in runs.values() if record.gradient_evaluations)
-            del samples
             poster = poster_curves(dataset)[8]
-            axes.plot(
-                least * numpy.arange(1, len(poster) + 1),
-                poster,
-                ".",
-                color="#666666",
-                markersize=3,
-                label="poster, M = 8",
-            )
+            at = least * numpy.arange(1, len(poster) + 1)
+            axes.plot(at, poster, ".", color="#666666", markersize=3, label="poster, M = 8")
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10.0 * low else (1, 1.2, 1.5, 2, 3, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
             axes.set(xlabel="gradient evaluations (samples)", ylabel="training NLL")
@@ -145,28 +139,29 @@ def peers_figure(curves: Mapping[str, Mapping[str, tuple[str, Record]]]) -> Figu
     return figure
 
 
-def search_figure(distances: Mapping[Candidate, float]) -> Figure:
+def search_figure(distances: Mapping[Candidate, float], no_effect: float) -> Figure:
     """Distance to the poster of every reading, spread out by the value of each thing that is left open.
 
     Args:
         distances: by reading and rate.
+        no_effect: distance of a reading whose curves all equal SGD's.
 
     Returns:
         One panel for each thing; every reading is a point in each of them. The bar is the median.
     """
     things: dict[str, Any] = {
-        "start": lambda one: reading_named(one.reading).start,
-        "parting": lambda one: reading_named(one.reading).parting,
-        "data": lambda one: reading_named(one.reading).data,
+        "initial weights": lambda one: reading_named(one.reading).start,
+        "replicas stand": lambda one: reading_named(one.reading).parting,
+        "secants' data": lambda one: reading_named(one.reading).data,
         "z_⊥": lambda one: reading_named(one.reading).orthogonal,
         "σ_i": lambda one: reading_named(one.reading).divisor,
-        "α times": lambda one: reading_named(one.reading).damped,
+        "α multiplies": lambda one: reading_named(one.reading).damped,
         "rate": lambda one: f"{one.rate:g}",
     }
     values = {thing: list(dict.fromkeys(map(value_of, distances))) for thing, value_of in things.items()}
     jitter = numpy.random.default_rng(0)
     with style():
-        figure = Figure(figsize=(11.5, 4.0), dpi=100, layout=_layout())
+        figure = Figure(figsize=(11.5, 4.6), dpi=100, layout=_layout())
         widths = [len(found) for found in values.values()]
         panels = figure.subplots(1, len(things), sharey=True, width_ratios=widths)
         for axes, (thing, found) in zip(panels, values.items(), strict=True):
@@ -179,11 +174,19 @@ def search_figure(distances: Mapping[Candidate, float]) -> Figure:
             axes.set_xticks(range(len(found)), found, rotation=40, ha="right", fontsize=9)
             axes.set_xlim(-0.6, len(found) - 0.4)
             axes.grid(visible=False, axis="x")
+            axes.axhline(no_effect, color="#000000", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
         panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[0].yaxis.set_minor_locator(NullLocator())
-        panels[0].set_yticks([0.05, 0.1, 0.2, 0.5, 1.0])
+        panels[0].set_ylim(min(no_effect, *distances.values()) / 1.15, max(no_effect, *distances.values()) * 1.1)
         panels[0].set_ylabel("distance to the poster")
+        handles = [
+            Line2D([], [], linestyle="none", marker=".", color="#0072B2", label="a reading at a rate"),
+            Line2D([], [], color="#D55E00", linewidth=2, label="median"),
+            Line2D([], [], color="#000000", linewidth=1.0, linestyle=(0, (4, 2)), label="no effect at all"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
     return figure
 
 
@@ -204,15 +207,19 @@ def plateau_figure(steps: Mapping[str, Sequence[int | None]], limit: int) -> Fig
             left = [value for value in values if value is not None]
             axes.plot(left, [y] * len(left), "o", color="#0072B2", markersize=6, alpha=0.8)
             if len(left) < len(values):
-                axes.plot([limit], [y], ">", color="#D55E00", markersize=8)
+                # Beyond the limit, where no run has left.
+                axes.plot([limit * 1.2], [y], ">", color="#D55E00", markersize=8)
                 text = f"{len(values) - len(left)} of {len(values)} never"
-                axes.annotate(text, (limit, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+                axes.annotate(
+                    text, (limit * 1.2, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+                )
         axes.set_yticks(range(len(steps)), list(steps), parse_math=False)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlim(right=limit * 2.2)
+        axes.axvline(limit, color="#808080", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1.5)
+        axes.set_xlim(right=limit * 3.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-        axes.set_xlabel("steps on the plateau")
+        axes.set_xlabel("steps on the plateau; dashed: the longest run")
     return figure
 
 

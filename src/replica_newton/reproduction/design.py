@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from replica_newton.reproduction.experiment import Scaling
+from replica_newton.reproduction.experiment import Experiment, Scaling
 from replica_newton.reproduction.readings import LITERAL
 from replica_newton.training.models import Activation
 
@@ -11,7 +11,7 @@ RATES = (0.0003, 0.01)
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh")
 SCALINGS: tuple[Scaling, ...] = ("standard", "unit", "symmetric")
 TRAIN_SAMPLES = {"mnist": 60_000, "cifar10": 50_000}
-PEER_RATES = {
+PEER_RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.03, 0.1, 0.3, 1.0),
     "momentum": (0.003, 0.01, 0.03, 0.1),
     "adam": (0.001, 0.003, 0.01, 0.03),
@@ -33,6 +33,14 @@ class Round(NamedTuple):
     candidates: int | None
     epochs: int
     replicas: tuple[int, ...]
+
+
+class SetUp(NamedTuple):
+    """What Figure 2 leaves open about a data set's panel: of the combinations tried, SGD's closest to the poster's."""
+
+    activation: Activation
+    rate: float
+    scaling: Scaling
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,24 @@ class Extent:
     plateau_seeds: tuple[int, ...] = (0, 1, 2)
     train_limit: int | None = None
 
+    def experiment(
+        self, dataset: str, set_up: SetUp, method: str, replicas: int, rate: float, seed: int = 0
+    ) -> Experiment:
+        """One run of the study.
+
+        Args:
+            dataset: which panel.
+            set_up: its activation and scaling; the rate has a value of its own.
+            method: see `Experiment`.
+            replicas: M.
+            rate: α.
+            seed: see `Experiment`.
+
+        Returns:
+            The run, its training set as long as this study's.
+        """
+        return Experiment(dataset, method, replicas, rate, set_up.activation, set_up.scaling, seed, self.train_limit)
+
 
 FULL = Extent()
 QUICK = Extent(
@@ -84,14 +110,6 @@ QUICK = Extent(
     plateau_seeds=(0,),
     train_limit=2048,
 )
-
-
-class SetUp(NamedTuple):
-    """What Figure 2 leaves open about a data set's panel: of the combinations tried, SGD's closest to the poster's."""
-
-    activation: Activation
-    rate: float
-    scaling: Scaling
 
 
 class Candidate(NamedTuple):

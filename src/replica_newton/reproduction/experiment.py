@@ -18,7 +18,7 @@ from replica_newton.reproduction.trainers import TRAINERS, Trainer
 from replica_newton.training.datasets import Dataset, load_dataset
 from replica_newton.training.loop import batches, evaluate
 from replica_newton.training.models import Activation, reference_convnet
-from replica_newton.training.run import finite_or_none
+from replica_newton.training.run import finite_or_none, number_or_nan
 
 Scaling = Literal["standard", "unit", "symmetric"]
 """Of the images: mean 0 and deviation 1 a channel; 0 … 1; −1 … 1."""
@@ -133,11 +133,11 @@ class Record:
         """
         return cls(
             experiment=Experiment(**entry["experiment"]),
-            train_nll=tuple(map(_number, entry["train_nll"])),
+            train_nll=tuple(map(number_or_nan, entry["train_nll"])),
             gradient_evaluations=tuple(entry["gradient_evaluations"]),
             steps_on_plateau=entry["steps_on_plateau"],
-            final_nll=_number(entry["final_nll"]),
-            test_accuracy=_number(entry["test_accuracy"]),
+            final_nll=number_or_nan(entry["final_nll"]),
+            test_accuracy=number_or_nan(entry["test_accuracy"]),
             seconds=entry["seconds"],
         )
 
@@ -264,7 +264,3 @@ def _run_epoch(
         left,
         seconds=record.seconds + time.perf_counter() - start,
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -1,13 +1,14 @@
 """What the runs say: every number of the page that comes from training, by name."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import product
 from statistics import median
 from typing import Any
 
 from replica_newton.reproduction.design import ACTIVATIONS, PEER_RATES, RATES, Candidate
 from replica_newton.reproduction.experiment import Record
+from replica_newton.reproduction.peers import PeerTuning
 from replica_newton.reproduction.plan import Plan
 from replica_newton.reproduction.poster import Curves, distance, orderings, poster_curves
 from replica_newton.reproduction.readings import LITERAL, Reading, reading_named
@@ -32,7 +33,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
         results: all of its runs; panels may be missing.
 
     Returns:
-        By section: "extent", "set_up", "search", "figure2", "orderings", "panels", "peers", "plateau".
+        By section: "extent", "set_up", "search", "figure2", "whole_length", "orderings", "panels", "peers", "plateau".
 
     Raises:
         ValueError: if the study is not finished.
@@ -53,6 +54,7 @@ def findings(plan: Plan, results: Results) -> dict[str, Any]:
         "set_up": {dataset: _set_up(plan, results, dataset) for dataset in plan.datasets},
         "search": _search(plan, results, best),
         "figure2": figure2,
+        "whole_length": _whole_length(figure2.values()),
         "orderings": {role: _orderings_met(figure2.values(), role) for role in ("poster", "closest", "literal")},
         "panels": {dataset: _panels(plan, results, dataset) for dataset in plan.datasets},
         "peers": {dataset: _peers(plan, results, dataset, best) for dataset in plan.datasets},
@@ -72,9 +74,7 @@ def figure2_curves(plan: Plan, results: Results, dataset: str, candidate: Candid
     Returns:
         Training NLL of every epoch for SGD (under 1) and M = 2, 4, 6, 8.
     """
-    set_up = plan.set_up(results, dataset)
-    rate = set_up.rate if set_up else RATES[-1]
-    requests = plan.figure_requests(results, dataset, candidate or Candidate(LITERAL.name, rate))
+    requests = plan.figure_requests(results, dataset, candidate or _literal(plan, results, dataset))
     return _curves(results, requests)
 
 
@@ -111,7 +111,7 @@ def peer_records(plan: Plan, results: Results, dataset: str, best: Candidate) ->
     Returns:
         Label and run by role: a method, "literal" or "closest".
     """
-    literal = plan.figure_requests(results, dataset, Candidate(LITERAL.name, _rate(plan, results, dataset)))[-1]
+    literal = plan.figure_requests(results, dataset, _literal(plan, results, dataset))[-1]
     closest = plan.figure_requests(results, dataset, best)[-1]
     requests = {
         **{request.experiment.method: request for request in plan.best_peers(results, dataset)},
@@ -159,10 +159,11 @@ def _set_up(plan: Plan, results: Results, dataset: str) -> dict[str, Any]:
 
 def _search(plan: Plan, results: Results, best: Candidate) -> dict[str, Any]:
     rounds = []
+    set_ups = plan.set_ups(results)
+    literal = [Candidate(LITERAL.name, rate) for rate in plan.extent.search_rates]
     for number, one in enumerate(plan.extent.rounds):
         distances = plan.search_distances(results, number) or {}
         ranked = sorted(distances, key=distances.__getitem__)
-        literal = [Candidate(LITERAL.name, rate) for rate in plan.extent.search_rates]
         rounds.append(
             {
                 "candidates": len(ranked),
@@ -171,7 +172,7 @@ def _search(plan: Plan, results: Results, best: Candidate) -> dict[str, Any]:
                 "datasets": list(plan.datasets),
                 "diverged": _diverged(plan, results, number),
                 "no_effect": _no_effect(plan, results, number),
-                "literal": {f"{one.rate:g}": distances.get(one) for one in literal},
+                "literal": {f"{one.rate:g}": plan.candidate_distance(results, one, number, set_ups) for one in literal},
                 "closest": [_candidate(one) | {"distance": distances[one]} for one in ranked[:SHOWN_CANDIDATES]],
             }
         )
@@ -197,8 +198,22 @@ def _figure2(plan: Plan, results: Results, dataset: str, best: Candidate) -> dic
     entry: dict[str, Any] = {"poster": _outcome(dataset, shortened)}
     for role, candidate in (("closest", best), ("literal", None)):
         entry[role] = _outcome(dataset, figure2_curves(plan, results, dataset, candidate))
+        requests = plan.figure_requests(results, dataset, candidate or _literal(plan, results, dataset))
+        entry[role]["mean_network"] = {
+            str(one.experiment.replicas): finite_or_none(_record(results, one).final_nll) for one in requests
+        }
     sgd = figure2_curves(plan, results, dataset, best)[1]
     return entry | {"distance_if_all_were_sgd": distance(dataset, {M: sgd for M in poster if M > 1})}
+
+
+def _whole_length(panels: Collection[dict[str, Any]]) -> dict[str, float]:
+    """Distances over all epochs and data sets, of the replicas' curves with every M."""
+    distances = {
+        "closest": [one["closest"]["distance"] for one in panels],
+        "literal": [one["literal"]["distance"] for one in panels],
+        "no_effect": [one["distance_if_all_were_sgd"] for one in panels],
+    }
+    return {role: math.sqrt(sum(one**2 for one in values) / len(values)) for role, values in distances.items()}
 
 
 def _orderings_met(panels: Iterable[dict[str, Any]], role: str) -> int:
@@ -233,14 +248,12 @@ def _panels(plan: Plan, results: Results, dataset: str) -> list[dict[str, Any]]:
 def _peers(plan: Plan, results: Results, dataset: str, best: Candidate) -> list[dict[str, Any]]:
     entries = []
     for role, (label, record) in peer_records(plan, results, dataset, best).items():
-        grid = list(PEER_RATES.get(role, ()))
         entries.append(
             {
                 "role": role,
                 "label": label,
                 "rate": record.experiment.rate,
-                "grid": grid,
-                "at_end_of_grid": record.experiment.rate in (grid[0], grid[-1]) if grid else False,
+                "tuning": _tuning(plan.peer(results, dataset, role), results) if role in PEER_RATES else None,
                 "last": finite_or_none(record.train_nll[-1]),
                 "final_nll": finite_or_none(record.final_nll),
                 "test_accuracy": finite_or_none(record.test_accuracy),
@@ -248,6 +261,22 @@ def _peers(plan: Plan, results: Results, dataset: str, best: Candidate) -> list[
             }
         )
     return sorted(entries, key=lambda one: math.inf if one["last"] is None else one["last"])
+
+
+def _tuning(peer: PeerTuning, results: Results) -> dict[str, Any]:
+    """What was tried to find a method's rate; None where it diverged."""
+    rates, losses = peer.short_losses(results)
+    if losses is None:
+        raise ValueError(f"the study must be finished; the tuning of {peer.method} is not")
+    whole = [_record(results, one) for one in peer.whole_requests(results)]
+    return {
+        "short": [{"rate": rate, "last": finite_or_none(loss)} for rate, loss in zip(rates, losses, strict=True)],
+        "at_end_of_grid": losses.index(min(losses)) in {0, len(rates) - 1},
+        "whole": [
+            {"rate": one.experiment.rate, "last": finite_or_none(one.train_nll[-1]), "epochs": len(one.train_nll)}
+            for one in whole
+        ],
+    }
 
 
 def _plateau(plan: Plan, results: Results) -> dict[str, Any]:
@@ -290,9 +319,10 @@ def _value(one: Candidate, name: str) -> str | float:
     return one.rate if name == "rate" else str(getattr(reading_named(one.reading), name))
 
 
-def _rate(plan: Plan, results: Results, dataset: str) -> float:
+def _literal(plan: Plan, results: Results, dataset: str) -> Candidate:
+    """The literal reading at SGD's rate."""
     set_up = plan.set_up(results, dataset)
-    return set_up.rate if set_up else RATES[-1]
+    return Candidate(LITERAL.name, set_up.rate if set_up else RATES[-1])
 
 
 def _curves(results: Results, requests: Iterable[Request]) -> Mapping[int, tuple[float, ...]]:

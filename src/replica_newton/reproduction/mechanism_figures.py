@@ -1,5 +1,6 @@
 """The figure of the mechanism: what the secants hold, one panel a quantity."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -67,10 +68,6 @@ def mechanism_figure(measurements: Mapping[str, Any]) -> Figure:
             axes.xaxis.label.set_size(9.5)
             axes.yaxis.label.set_size(9.5)
             draw(axes, measurements)
-        # The room that a legend below its panel needs depends on the height of the panel: one pass is not enough.
-        for _ in range(3):
-            figure.draw_without_rendering()
-        figure.set_layout_engine("none")
     return figure
 
 
@@ -99,15 +96,16 @@ def _legend(axes: Axes, *, columns: int = 1, handles: float = 1.9) -> None:
     )
 
 
-def _level(axes: Axes, height: float, text: str) -> None:
+def _level(axes: Axes, height: float, text: str, *, on_the_right: bool = False) -> None:
     """Dashed level with its meaning written on it."""
     axes.axhline(height, color=_GREY, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.annotate(
         text,
-        (0.02, height),
+        (0.98 if on_the_right else 0.02, height),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
         textcoords="offset points",
+        ha="right" if on_the_right else "left",
         fontsize=_NOTE,
         color=_GREY,
     )
@@ -171,9 +169,7 @@ def _draw_against_shard(axes: Axes, measurements: Mapping[str, Any]) -> None:
 def _draw_inverse_curvature(axes: Axes, measurements: Mapping[str, Any]) -> None:
     groups = measurements["inverse_curvature"]["groups"]
     axes.set(xscale="log", yscale="log", xlabel="true: ‖W v‖ / ‖H W v‖", ylabel="as the step takes it: ‖W v‖ / σ")
-    axes.axline((1.0, 1.0), (2.0, 2.0), color=_GREY, linewidth=1.2, zorder=1.5)
-    for rate in dict.fromkeys(group["rate"] for group in groups):
-        _level(axes, rate, f"α = {rate:g}")
+    axes.axline((1.0, 1.0), (2.0, 2.0), color=_GREY, linewidth=1.2, zorder=1.5, label="taken = true")
     filled: dict[str, bool] = {}
     # Own shards last, on top.
     for group in sorted(groups, key=lambda group: str(group["data"])):
@@ -196,6 +192,13 @@ def _draw_inverse_curvature(axes: Axes, measurements: Mapping[str, Any]) -> None
     rates = [group["rate"] for group in groups]
     axes.set_xlim(min(sides["true"]) / 1.3, max(sides["true"]) * 1.5)
     axes.set_ylim(min(*sides["claimed"], *rates) / 1.4, max(*sides["claimed"], *rates) * 1.8)
+    points = [pair for group in groups for pair in zip(group["true"], group["claimed"], strict=True) if all(pair)]
+    middle = math.sqrt(math.prod(axes.get_xlim()))
+    for rate in dict.fromkeys(rates):
+        # The diagonal crosses a level at α.
+        near = [true for true, taken in [*points, (rate, rate)] if rate / 1.2 < taken < rate * 1.8]
+        to_the_left = sum(true < middle for true in near)
+        _level(axes, rate, f"α = {rate:g}", on_the_right=2 * to_the_left > len(near))
     for axis in (axes.xaxis, axes.yaxis):
         _plain_decimals(axis)
     _legend(axes, columns=2, handles=0.8)

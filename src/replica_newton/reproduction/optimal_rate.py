@@ -124,7 +124,7 @@ def measure_optimal_rate(
 
     Raises:
         ValueError: if there are no seeds or one is repeated, the activation is unknown, or the training set is smaller
-            than a batch.
+            than a batch; if the network has learned its samples so well that loss or λ_max is 0.
 
     Source:
         LeCun, Simard and Pearlmutter (1993); LeCun, Bottou, Orr and Müller (1998), Efficient BackProp, section 5;
@@ -182,6 +182,8 @@ def _measure_seed(
     sharpness = _sharpness(model, inputs, labels)
     top = sharpness["replicas"]["value"]
     start = _loss(model, inputs, labels)
+    if not min(start, top) > 0.0:
+        raise ValueError(f"loss and λ_max at the checkpoint must be > 0, got {start:g} and {top:g}: nothing to descend")
     run: dict[str, Any] = {"seed": seed, "start_loss": start, "sharpness": sharpness}
     descents = {"full_batch": [(inputs, labels)] * effort.full_batch_steps, "minibatch": drawn[effort.warm_up_steps :]}
     done, total = 0, len(SETTINGS) * len(effort.multiples)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ from replica_newton.reproduction.curve_figures import (
 )
 from replica_newton.reproduction.design import Candidate
 from replica_newton.reproduction.findings import (
+    PEER_NAMES,
     figure2_curves,
     findings,
     panel_curves,
@@ -32,6 +33,7 @@ from replica_newton.reproduction.findings import (
 from replica_newton.reproduction.mechanism_figures import mechanism_figure
 from replica_newton.reproduction.optimal_rate_figures import optimal_rate_figure
 from replica_newton.reproduction.plan import Plan
+from replica_newton.reproduction.readings import reading_named
 from replica_newton.reproduction.results import Results, save_results
 from replica_newton.reproduction.surface_figures import save_animation, surfaces_figure
 from replica_newton.reproduction.surface_methods import METHODS
@@ -72,14 +74,35 @@ def write_page(plan: Plan, results: Results, folder: Path, command: str) -> Path
     save_figure(panels_figure(panels), place, "panels")
     peers = {dataset: peer_records(plan, results, dataset, best) for dataset in plan.datasets}
     save_figure(peers_figure(peers), place, "peers")
-    save_figure(search_figure(plan.search_distances(results, 0) or {}), place, "readings")
+    save_figure(
+        search_figure(plan.search_distances(results, 0) or {}, found["search"]["rounds"][0]["no_effect"]),
+        place,
+        "readings",
+    )
     save_figure(plateau_figure(plateau_steps(plan, results), found["plateau"]["limit"]), place, "plateau")
-    measured = {one.quantity: results.measurements[one.name] for one in plan.measurements()}
-    rates = [results.measurements[one.name] for one in plan.measurements() if one.quantity == "optimal_rate"]
-    save_figure(mechanism_figure(measured["mechanism"]), place, "mechanism")
-    save_figure(optimal_rate_figure(rates), place, "optimal_rate")
+    mechanism = next(one for one in plan.measurements() if one.quantity == "mechanism")
+    save_figure(mechanism_figure(results.measurements[mechanism.name]), place, "mechanism")
+    save_figure(optimal_rate_figure(_optimal_rates(plan, results)), place, "optimal_rate")
     save_figure(surfaces_figure(), place, "figure1")
     save_animation(place / "figure1.gif")
+    path = folder / "reproduction.md"
+    replace_file(path, page_text(plan, results, found, command).encode())
+    return path
+
+
+def page_text(plan: Plan, results: Results, found: dict[str, Any], command: str) -> str:
+    """The page without its figures.
+
+    Args:
+        plan: of the study.
+        results: all of its runs and measurements; panels may be missing.
+        found: what `findings` says of them.
+        command: that made it.
+
+    Returns:
+        Markdown.
+    """
+    measured = {one.quantity: results.measurements[one.name] for one in plan.measurements()}
     page = (
         _templates()
         .get_template("reproduction.md.j2")
@@ -87,16 +110,20 @@ def write_page(plan: Plan, results: Results, folder: Path, command: str) -> Path
             command=command,
             quick=plan.extent.train_limit is not None,
             tuning_epochs=plan.extent.tuning_epochs,
+            peer_names=PEER_NAMES,
+            reading=reading_named(found["search"]["best"]["reading"]),
             findings=found,
             surfaces=measured["surfaces"],
             mechanism=measured["mechanism"],
-            rates=rates,
+            rates=_optimal_rates(plan, results),
             surface_methods={name: method.label for name, method in METHODS.items()},
         )
     )
-    path = folder / "reproduction.md"
-    replace_file(path, page.encode())
-    return path
+    return "".join(f"{line.rstrip()}\n" for line in page.splitlines())
+
+
+def _optimal_rates(plan: Plan, results: Results) -> list[dict[str, Any]]:
+    return [results.measurements[one.name] for one in plan.measurements() if one.quantity == "optimal_rate"]
 
 
 def _templates() -> Environment:
@@ -111,6 +138,7 @@ def _templates() -> Environment:
     filters: dict[str, Callable[[Any], str]] = {
         "nll": lambda value: "diverged" if value is None else format_nll(value),
         "number": _number,
+        "plain": lambda value: f"{value:g}",
         "percent": lambda value: "–" if value is None else format_percent(value),
         "count": format_count,
         "tick": lambda holds: "yes" if holds else "no",
@@ -130,6 +158,8 @@ def _templates() -> Environment:
         "replicas_only": lambda last: [value for M, value in last.items() if M != "1"],
         "group": lambda groups, data, rate: next(one for one in groups if (one["data"], one["rate"]) == (data, rate)),
         "overshoot": _overshoot,
+        "ratios": _ratios,
+        "cases": _cases,
     }
     return environment
 
@@ -160,6 +190,22 @@ def _overshoot(groups: list[dict[str, Any]]) -> list[tuple[int, float, str, dict
         }
         rows.append((*key, ranges))
     return rows
+
+
+def _cases(figure2: dict[str, Any], *falling: str) -> str:
+    """In how many of our cases the last NLL falls strictly along some numbers of replicas."""
+    held = [
+        all(low < high for high, low in pairwise(math.inf if last[M] is None else last[M] for M in falling))
+        for panel in figure2.values()
+        for last in (panel["literal"]["last"], panel["closest"]["last"])
+    ]
+    return f"{sum(held)} of {len(held)} cases"
+
+
+def _ratios(group: dict[str, Any]) -> str:
+    """Range of the inverse curvature taken over the true one."""
+    found = [taken / true for taken, true in zip(group["claimed"], group["true"], strict=True) if taken and true]
+    return f"{_number(min(found))} – {_number(max(found))}"
 
 
 def _sharpness_error(rates: list[dict[str, Any]]) -> float:

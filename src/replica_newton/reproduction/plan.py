@@ -18,7 +18,8 @@ from replica_newton.reproduction.design import (
     Extent,
     SetUp,
 )
-from replica_newton.reproduction.experiment import BATCH, Experiment
+from replica_newton.reproduction.experiment import BATCH
+from replica_newton.reproduction.peers import PeerTuning
 from replica_newton.reproduction.poster import REPLICAS, distance
 from replica_newton.reproduction.readings import LITERAL, READINGS
 from replica_newton.reproduction.results import Measurement, Request, Results
@@ -82,8 +83,8 @@ class Plan:
                 for M in REPLICAS
             ]
             yield from main
-        for dataset, found in set_ups.items():
-            yield from self._peers(results, dataset, found)
+        for dataset in self.datasets:
+            yield from self._peers(results, dataset)
         yield from self.plateau_requests(results)
         panels = [one for dataset, found in set_ups.items() for one in self.panel_requests(results, dataset, found)]
         # The extremes first: a study that is stopped early has something in every panel.
@@ -159,23 +160,41 @@ class Plan:
             number: of the round, from 0.
 
         Returns:
-            Root mean square over data sets and M, by candidate; None as long as a run is missing.
+            By candidate; None as long as a run is missing.
         """
         candidates = self.candidates(results, number)
         if candidates is None:
             return None
-        set_ups = self.set_ups(results)
-        found = {}
+        set_ups, found = self.set_ups(results), {}
         for candidate in candidates:
-            squares = []
-            for dataset, requests in self._candidate_requests(set_ups, candidate, number).items():
-                records = [results.get(request.experiment, request.epochs) for request in requests]
-                if any(request.tentative for request in requests) or any(record is None for record in records):
-                    return None
-                curves = {record.experiment.replicas: record.train_nll for record in records if record is not None}
-                squares.append(distance(dataset, curves) ** 2)
-            found[candidate] = math.sqrt(sum(squares) / len(squares))
+            one = self.candidate_distance(results, candidate, number, set_ups)
+            if one is None:
+                return None
+            found[candidate] = one
         return found
+
+    def candidate_distance(
+        self, results: Results, candidate: Candidate, number: int, set_ups: Mapping[str, SetUp | None]
+    ) -> float | None:
+        """Distance of one candidate to the poster, with the epochs and replicas of a round.
+
+        Args:
+            results: what is known.
+            candidate: reading and rate, whether it is in this round or not.
+            number: of the round, from 0.
+            set_ups: of every data set.
+
+        Returns:
+            Root mean square over data sets and M; None as long as a run is missing.
+        """
+        squares = []
+        for dataset, requests in self._candidate_requests(set_ups, candidate, number).items():
+            records = [results.get(request.experiment, request.epochs) for request in requests]
+            if any(request.tentative for request in requests) or any(record is None for record in records):
+                return None
+            curves = {record.experiment.replicas: record.train_nll for record in records if record is not None}
+            squares.append(distance(dataset, curves) ** 2)
+        return math.sqrt(sum(squares) / len(squares))
 
     def best(self, results: Results) -> Candidate | None:
         """The reading, and its rate, that comes closest to the poster in the last round.
@@ -206,46 +225,31 @@ class Plan:
                 for request in requests:
                     yield request._replace(tentative=request.tentative or candidates is None)
 
-    def peer_rate(self, results: Results, dataset: str, set_up: SetUp, method: str) -> float | None:
-        """Rate of a first-order method with the lowest NLL in the last epoch of tuning.
+    def peer(self, results: Results, dataset: str, method: str) -> PeerTuning:
+        """How the rate of a first-order method is found.
 
         Args:
             results: what is known.
             dataset: which panel.
-            set_up: its activation and scaling.
             method: a key of `PEER_RATES`.
 
         Returns:
-            The rate, None as long as a run is missing.
+            Its tuning, in a made-up set-up as long as the calibration is not finished.
         """
-        last = {}
-        for rate in PEER_RATES[method]:
-            request = self._peer(dataset, set_up, method, rate, self.extent.tuning_epochs)
-            record = results.get(request.experiment, request.epochs)
-            if record is None:
-                return None
-            last[rate] = math.inf if record.diverged else record.train_nll[-1]
-        return min(last, key=last.__getitem__)
+        return PeerTuning(dataset, self.set_up(results, dataset) or _STAND_IN, method, self.extent)
 
     def best_peers(self, results: Results, dataset: str) -> list[Request]:
         """First-order methods, each at its best rate, and SGD at 1/λ_max.
 
         Args:
-            results: what is known.
+            results: with all runs of the methods' tuning.
             dataset: which panel.
 
         Returns:
             The runs.
         """
-        found = self.set_up(results, dataset)
-        set_up = found or _STAND_IN
-        requests = []
-        for method, rates in PEER_RATES.items():
-            best = self.peer_rate(results, dataset, set_up, method)
-            request = self._peer(dataset, set_up, method, best or rates[0], self.extent.epochs)
-            requests.append(request._replace(tentative=found is None or best is None))
-        experiment = self._experiment(dataset, set_up, "sharpness-rate", 8, RATES[-1])
-        return [*requests, Request(experiment, self.extent.epochs, "peers", found is None)]
+        best = [self.peer(results, dataset, method).best(results) for method in PEER_RATES]
+        return [*best, self._sharpness_rate(results, dataset)]
 
     def steps_per_epoch(self, dataset: str) -> int:
         """Steps of an epoch with the full batch.
@@ -273,7 +277,7 @@ class Plan:
         methods = [*PLATEAU_METHODS, *([(best.reading, 8)] if best else [])]
         set_up = SetUp("relu", PLATEAU_RATE, found.scaling if found else "standard")
         for seed, (method, replicas) in product(self.extent.plateau_seeds, methods):
-            experiment = self._experiment(dataset, set_up, method, replicas, PLATEAU_RATE, seed)
+            experiment = self.extent.experiment(dataset, set_up, method, replicas, PLATEAU_RATE, seed)
             yield Request(experiment, self.extent.plateau_epochs, "plateau", found is None)
 
     def panel_requests(self, results: Results, dataset: str, found: SetUp | None) -> Iterator[Request]:
@@ -322,14 +326,19 @@ class Plan:
             *(self._run(dataset, set_up, candidate, M, epochs, "Figure 2") for M in REPLICAS),
         ]
 
-    def _peers(self, results: Results, dataset: str, found: SetUp | None) -> Iterator[Request]:
-        """First-order methods over their grids, then each at its best rate; and SGD at 1/λ_max."""
-        set_up = found or _STAND_IN
-        for method, rates in PEER_RATES.items():
-            for rate in rates:
-                request = self._peer(dataset, set_up, method, rate, self.extent.tuning_epochs)
-                yield request._replace(tentative=found is None)
-        yield from self.best_peers(results, dataset)
+    def _peers(self, results: Results, dataset: str) -> Iterator[Request]:
+        """First-order methods, first for a few epochs, then the best of their rates; and SGD at 1/λ_max."""
+        unsettled = self.set_up(results, dataset) is None
+        tunings = [self.peer(results, dataset, method) for method in PEER_RATES]
+        short = [request for one in tunings for request in one.short_requests(results)]
+        for request in (*short, *(request for one in tunings for request in one.whole_requests(results))):
+            yield request._replace(tentative=request.tentative or unsettled)
+        yield self._sharpness_rate(results, dataset)
+
+    def _sharpness_rate(self, results: Results, dataset: str) -> Request:
+        found = self.set_up(results, dataset)
+        experiment = self.extent.experiment(dataset, found or _STAND_IN, "sharpness-rate", 8, RATES[-1])
+        return Request(experiment, self.extent.epochs, "peers", found is None)
 
     def _candidate_requests(
         self, set_ups: Mapping[str, SetUp | None], candidate: Candidate, number: int
@@ -352,7 +361,7 @@ class Plan:
         return [SetUp(activation, rate, scaling) for scaling, activation, rate in product(SCALINGS, ACTIVATIONS, RATES)]
 
     def _sgd(self, dataset: str, set_up: SetUp, epochs: int, stage: str, *, tentative: bool = False) -> Request:
-        experiment = self._experiment(dataset, set_up, "sgd", 1, set_up.rate)
+        experiment = self.extent.experiment(dataset, set_up, "sgd", 1, set_up.rate)
         return Request(experiment, epochs, stage, tentative)
 
     def _run(
@@ -366,15 +375,5 @@ class Plan:
         *,
         tentative: bool = False,
     ) -> Request:
-        experiment = self._experiment(dataset, set_up, candidate.reading, replicas, candidate.rate)
+        experiment = self.extent.experiment(dataset, set_up, candidate.reading, replicas, candidate.rate)
         return Request(experiment, epochs, stage, tentative)
-
-    def _peer(self, dataset: str, set_up: SetUp, method: str, rate: float, epochs: int) -> Request:
-        return Request(self._experiment(dataset, set_up, method, 1, rate), epochs, "peers")
-
-    def _experiment(
-        self, dataset: str, set_up: SetUp, method: str, replicas: int, rate: float, seed: int = 0
-    ) -> Experiment:
-        return Experiment(
-            dataset, method, replicas, rate, set_up.activation, set_up.scaling, seed, self.extent.train_limit
-        )

@@ -72,7 +72,7 @@ def orderings(curves: Curves) -> dict[str, bool]:
     last = {M: values[-1] if math.isfinite(values[-1]) else math.inf for M, values in curves.items()}
     return {
         "M = 2 ends highest": last[2] == max(last.values()),
-        "every two replicas more end lower": last[2] > last[4] > last[6] > last[8],
+        "More replicas end lower": last[2] > last[4] > last[6] > last[8],
         "SGD ends between M = 2 and M = 8": last[8] < last[1] < last[2],
         # On the poster within 4 % on MNIST; 8 % below SGD on CIFAR-10.
         "M = 4 ends within 10 % of SGD": abs(last[4] / last[1] - 1.0) <= 0.1,

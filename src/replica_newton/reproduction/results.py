@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from replica_newton.files import replace_file
+from replica_newton.files import replace_file, rounded
 from replica_newton.reproduction.experiment import Experiment, Record
 from replica_newton.training.models import Activation
 from replica_newton.training.run import RunError
@@ -80,9 +80,9 @@ class Results:
             outcome: its record, or what was measured.
         """
         if isinstance(task, Measurement):
-            self.measurements[task.name] = _rounded(outcome)
+            self.measurements[task.name] = rounded(outcome)
         else:
-            self.records[task.experiment] = Record.from_json(_rounded(outcome.to_json()))
+            self.records[task.experiment] = Record.from_json(rounded(outcome.to_json()))
 
     def get(self, experiment: Experiment, epochs: int) -> Record | None:
         """What a run had reached after so many epochs.
@@ -138,19 +138,8 @@ def save_results(path: Path, results: Results, **further: Any) -> None:
     """
     records = sorted(results.records.values(), key=lambda record: record.experiment.key)
     sections = [f'"format": {FORMAT}']
-    sections += [f"{json.dumps(name)}: {json.dumps(_rounded(value), indent=1)}" for name, value in further.items()]
-    sections.append('"runs": [\n' + ",\n".join(json.dumps(_rounded(record.to_json())) for record in records) + "\n]")
-    measured = [
-        f"{json.dumps(name)}: {json.dumps(_rounded(one))}" for name, one in sorted(results.measurements.items())
-    ]
+    sections += [f"{json.dumps(name)}: {json.dumps(rounded(value), indent=1)}" for name, value in further.items()]
+    sections.append('"runs": [\n' + ",\n".join(json.dumps(rounded(record.to_json())) for record in records) + "\n]")
+    measured = [f"{json.dumps(name)}: {json.dumps(rounded(one))}" for name, one in sorted(results.measurements.items())]
     sections.append('"measurements": {\n' + ",\n".join(measured) + "\n}")
     replace_file(path, ("{" + ",\n".join(sections) + "}\n").encode())
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits of every number."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value

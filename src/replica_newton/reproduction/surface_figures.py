@@ -216,7 +216,7 @@ def _draw_map(axes: Axes, surface: Surface) -> None:
         axes.annotate(
             text,
             point,
-            (-7.0, -14.0) if beside else (0.0, 8.0),
+            (-8.0, -25.0) if beside else (0.0, 8.0),
             textcoords="offset points",
             ha="right" if beside else "center",
             fontsize=9.5,

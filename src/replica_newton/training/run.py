@@ -296,3 +296,15 @@ def finite_or_none(value: Any) -> Any:
 def _require(condition: bool, rule: str) -> None:
     if not condition:
         raise RunError(rule)
+
+
+def number_or_nan(value: float | None) -> float:
+    """A value from JSON: what `finite_or_none` made of nan is nan again.
+
+    Args:
+        value: A number or None.
+
+    Returns:
+        The number, or nan.
+    """
+    return math.nan if value is None else value

@@ -1,0 +1,124 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from replica_newton.benchmark.findings import findings
+from replica_newton.benchmark.page import write_page
+from replica_newton.benchmark.plan import Extent, Plan
+from replica_newton.benchmark.results import Records, check_data, load_records
+from replica_newton.benchmark.run import Run
+from replica_newton.training.run import RunError
+
+Completed = Callable[[Plan, Callable[[Run], float]], tuple[Records, list[Run]]]
+PLAN = Plan(
+    ("mnist-relu", "digits-mlp", "digits-mlp-full"),
+    ("sgd", "adam", "lbfgs", "soap", "replica-newton", "M=1", "paper"),
+    Extent(extensions=0),
+)
+FINALS = {
+    # Ours is lower than SGD in two of three seeds on the first task.
+    "mnist-relu": {"sgd": 1.0, "adam": 2.0, "soap": 0.8, "replica-newton": 0.9},
+    "digits-mlp": {"sgd": 1.0, "adam": 0.5, "soap": 3.0, "replica-newton": 0.5},
+    "digits-mlp-full": {"sgd": 1.0, "adam": 2.0, "soap": 2.0, "lbfgs": 0.1, "replica-newton": 0.95},
+}
+
+
+def final(run: Run) -> float:
+    if run.method == "paper":
+        return math.inf
+    if run.method == "M=1":
+        return 2.0 * FINALS[run.task]["replica-newton"]
+    if run.method == "replica-newton" and run.task == "mnist-relu" and run.seed == 2:
+        return 1.5
+    best = {"sgd": 0.3, "adam": 0.003, "lbfgs": 0.1, "soap": 0.003}.get(run.method, run.rate)
+    return FINALS[run.task][run.method] * (1.0 + abs(math.log10(run.rate / best)))
+
+
+def test_ratios_and_bars_are_those_of_the_medians(completed: Completed) -> None:
+    found = findings(PLAN, completed(PLAN, final)[0])
+    ratios = {
+        task: {name: (one["opponent"], one["ratio"]) for name, one in both.items()}
+        for task, both in found["ratios"].items()
+    }
+    assert ratios["mnist-relu"] == {
+        "first_order": ("SGD", pytest.approx(0.9)),
+        "all": ("SOAP", pytest.approx(1.125)),
+    }
+    assert ratios["digits-mlp"]["all"] == ("Adam", pytest.approx(1.0))
+    assert ratios["digits-mlp-full"] == {
+        "first_order": ("SGD", pytest.approx(0.95)),
+        "all": ("L-BFGS", pytest.approx(9.5)),
+    }
+    paired = found["ratios"]["mnist-relu"]["first_order"]
+    assert (paired["lowest"], paired["highest"]) == (pytest.approx(0.9), pytest.approx(1.5))
+    assert (paired["seeds_lower"], paired["seeds"]) == (2, 3)
+    bars = [(bar["limit"], bar["within"], bar["tasks"], bar["met"]) for bar in found["bars"]]
+    assert bars == [(0.95, 2, 3, True), (1.05, 3, 3, True), (1.05, 1, 3, False), (1.15, 2, 3, False)]
+    assert found["ablations"] == {
+        "M=1": {task: pytest.approx(2.0) for task in FINALS},
+        "paper": dict.fromkeys(FINALS),
+    }
+    row = found["tasks"]["mnist-relu"]["methods"]["paper"]
+    assert (row["final_nll"], row["diverged"], row["at_the_edge"]) == (None, 3, False)
+
+
+def test_an_unfinished_benchmark_has_no_findings(completed: Completed) -> None:
+    records, order = completed(PLAN, final)
+    del records[order[-1]]
+    with pytest.raises(ValueError, match="must be finished"):
+        findings(PLAN, records)
+
+
+def test_the_page_says_what_was_found(completed: Completed, tmp_path: Path) -> None:
+    records, _ = completed(PLAN, final)
+    page = write_page(PLAN, records, tmp_path, "replica-newton benchmark --made-up")
+    text = page.read_text()
+    assert "replica-newton benchmark --made-up" in text
+    assert "| at most 0.95 × the best first-order method on two thirds of the tasks | on 2 of 3 | holds |" in text
+    assert "0.900 [0.900 – 1.500], lower in 2 of 3 seeds | SGD |" in text
+    assert "two-sided p of\n0.25 in a sign test: no single task can be significant" in text
+    assert "| the paper's rule, own data | diverged | diverged | diverged |" in text
+    assert not [line for line in text.splitlines() if line.startswith("|") and not line.rstrip().endswith("|")]
+    for name in ("convergence", "time", "rates"):
+        assert f"benchmarks/{name}.png" in text
+        assert (tmp_path / "benchmarks" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "benchmarks" / f"{name}.svg").exists()
+    summary = json.loads((tmp_path / "benchmarks" / "summary.json").read_text())
+    assert summary["findings"]["bars"][0]["met"] is True
+    assert load_records(tmp_path / "benchmarks" / "summary.json").keys() == records.keys()
+
+
+def test_the_page_without_ours_compares_nothing(completed: Completed, tmp_path: Path) -> None:
+    plan = Plan(("digits-mlp",), ("sgd", "adam"), Extent(seeds=1, extensions=0))
+    text = write_page(plan, completed(plan, final)[0], tmp_path, "replica-newton benchmark").read_text()
+    assert "At a glance" not in text
+    assert "Ablations" not in text
+    assert "### digits, MLP, batch 256" in text
+
+
+def test_runs_on_other_data_are_not_compared(completed: Completed) -> None:
+    records, _ = completed(Plan(("digits-mlp",), ("sgd",)), final)
+    check_data(records, {"digits-mlp": "data of digits-mlp"})
+    check_data(records, {"mnist-relu": "whatever"})
+    with pytest.raises(RunError, match="digits-mlp was run on data of digits-mlp, now it would be other: start anew"):
+        check_data(records, {"digits-mlp": "other"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable summary"),
+        ('{"format": 1, "runs": [{"run": {}}]}', "not a readable summary"),
+        ('{"format": 99, "runs": []}', "must have format 1, got 99"),
+    ],
+)
+def test_a_damaged_summary_is_an_error(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        load_records(path)
+    assert path.read_text() == content
+    assert load_records(tmp_path / "none.json") == {}
