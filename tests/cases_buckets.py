@@ -181,8 +181,14 @@ def meshes(rank: int, count: int) -> dict[str, Any]:
     }
 
 
+M_MMAP_THRESHOLD = -3
+"""Option of glibc's `mallopt`: blocks above this size are mapped, and unmapped when freed."""
+
+
 def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     """Resident memory that training takes, in floats a parameter; see `test_memory`."""
+    # What is freed goes back at once, or the peak would depend on what the allocator keeps.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     module = nn.ParameterList([nn.Parameter(torch.ones(elements // 8)) for _ in range(8)])
     data = torch.randn(elements // 8, generator=torch.Generator().manual_seed(rank))
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=TreeReduction())

@@ -162,7 +162,8 @@ class Collectives:
         outgoing = [width if sends and rank in receivers else 0 for rank in range(self.size)]
         incoming = [width if receives and rank in senders else 0 for rank in range(self.size)]
         received = sent.new_empty(sum(incoming))
-        flat = sent.reshape(-1) if sends else sent.new_empty(0)
+        # Expanded rows of one element are a view without storage of their own, even when flattened.
+        flat = sent.reshape(-1).contiguous() if sends else sent.new_empty(0)
         self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
         start = partial(self.group.alltoall_base, received, flat, incoming, outgoing, AllToAllOptions())
         begun: Callable[[], Any]
