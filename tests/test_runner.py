@@ -70,6 +70,6 @@ def test_processes_end_with_a_parent_that_is_killed() -> None:
                 assert parent.stdout.readline() == "at work\n"
             parent.kill()
             # Its output ends with the last process that holds it: none is left then.
-            assert parent.communicate(timeout=20.0)[0] == ""
+            assert parent.communicate(timeout=60.0)[0] == ""
         finally:
             os.killpg(parent.pid, signal.SIGKILL)

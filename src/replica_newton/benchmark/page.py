@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from replica_newton.benchmark.figures import convergence_figure, rates_figure, time_figure
 from replica_newton.benchmark.findings import entries, findings, median_record
@@ -16,12 +15,19 @@ from replica_newton.benchmark.plan import Plan
 from replica_newton.benchmark.results import Records, save_records
 from replica_newton.benchmark.tasks import TASKS
 from replica_newton.files import replace_file
-from replica_newton.report.formats import MISSING, format_count, format_nll, format_rate, format_seconds
+from replica_newton.report.formats import MISSING, format_rate, format_seconds
+from replica_newton.report.markdown import render_markdown
 from replica_newton.report.style import save_figure
 
 PAGE = "benchmarks.md"
 PLACE = "benchmarks"
 SUMMARY = "summary.json"
+_FILTERS: dict[str, Callable[[Any], str]] = {
+    "ratio": lambda value: "diverged" if value is None else f"{value:.3f}",
+    "rate": format_rate,
+    "seconds": lambda value: MISSING if value is None else format_seconds(value),
+    "hours": lambda value: f"{value:.2g}",
+}
 
 
 def write_page(plan: Plan, records: Records, folder: Path, command: str) -> Path:
@@ -52,18 +58,17 @@ def write_page(plan: Plan, records: Records, folder: Path, command: str) -> Path
     save_figure(convergence_figure(curves), place, "convergence")
     save_figure(time_figure(curves), place, "time")
     save_figure(rates_figure(rows), place, "rates")
-    page = (
-        _templates()
-        .get_template("benchmarks.md.j2")
-        .render(
-            findings=found,
-            plan=plan,
-            tasks=TASKS,
-            methods=METHODS,
-            ours=OURS,
-            command=command,
-            environment=_environment(),
-        )
+    page = render_markdown(
+        "replica_newton.benchmark",
+        "benchmarks.md.j2",
+        _FILTERS,
+        findings=found,
+        plan=plan,
+        tasks=TASKS,
+        methods=METHODS,
+        ours=OURS,
+        command=command,
+        environment=_environment(),
     )
     replace_file(folder / PAGE, page.encode())
     return folder / PAGE
@@ -76,24 +81,3 @@ def _environment() -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "processors": str(os.cpu_count()),
     }
-
-
-def _templates() -> Environment:
-    # No HTML: the page is Markdown, and all of its values are our own.
-    environment = Environment(  # noqa: S701
-        loader=PackageLoader("replica_newton.benchmark", ""),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters: dict[str, Callable[[Any], str]] = {
-        "nll": lambda value: "diverged" if value is None else format_nll(value),
-        "ratio": lambda value: "diverged" if value is None else f"{value:.3f}",
-        "rate": format_rate,
-        "count": format_count,
-        "seconds": lambda value: MISSING if value is None else format_seconds(value),
-        "hours": lambda value: f"{value:.2g}",
-    }
-    environment.filters |= filters
-    return environment

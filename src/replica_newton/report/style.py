@@ -6,11 +6,14 @@ from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import Bbox
 
 from replica_newton.files import replace_file
 
 _DPI = 180
 _LAYOUT_PASSES = 3
+_POSITION_DECIMALS = 6  # of the width and height of a figure
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#808080",
@@ -46,7 +49,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
         name: Name of the files without its ending.
     """
     png = io.BytesIO()
-    _settle(figure)
+    settle(figure)
     with style():
         figure.savefig(png, format="png", dpi=_DPI)
     replace_file(folder / f"{name}.png", png.getvalue())
@@ -63,15 +66,26 @@ def figure_svg(figure: Figure) -> str:
         The whole SVG file, the same one for the same figure.
     """
     svg = io.BytesIO()
-    _settle(figure)
+    settle(figure)
     with style():
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return svg.getvalue().decode()
 
 
-def _settle(figure: Figure) -> None:
-    """Find the places of all axes and keep them: a constrained layout moves them a little whenever it is drawn."""
+def settle(figure: Figure) -> None:
+    """Find the places of all axes and keep them.
+
+    A constrained layout moves them a little whenever it is drawn, and its solver rounds differently every time, which
+    would show in the names of clip paths.
+
+    Args:
+        figure: Figure whose layout is fixed from now on; one without a constrained layout stays as it is.
+    """
+    if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        return
     with style():
         for _ in range(_LAYOUT_PASSES):
             figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(Bbox(axes.get_position(original=True).get_points().round(_POSITION_DECIMALS)))

@@ -209,9 +209,13 @@ def plateau_figure(steps: Mapping[str, Sequence[int | None]], limit: int) -> Fig
             if len(left) < len(values):
                 # Beyond the limit, where no run has left.
                 axes.plot([limit * 1.2], [y], ">", color="#D55E00", markersize=8)
-                text = f"{len(values) - len(left)} of {len(values)} never"
-                axes.annotate(
-                    text, (limit * 1.2, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+                axes.text(
+                    limit * 1.4,
+                    y,
+                    f"{len(values) - len(left)} of {len(values)} never",
+                    va="center",
+                    fontsize=9,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
                 )
         axes.set_yticks(range(len(steps)), list(steps), parse_math=False)
         axes.invert_yaxis()

@@ -97,7 +97,7 @@ class Extent:
 FULL = Extent()
 QUICK = Extent(
     epochs=12,
-    panel_epochs=6,
+    panel_epochs=4,
     calibration_epochs=3,
     search_rates=(0.01,),
     rounds=(

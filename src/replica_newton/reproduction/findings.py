@@ -230,6 +230,7 @@ def _outcome(dataset: str, curves: Curves) -> dict[str, Any]:
         "distance_of_sgd": distance(dataset, {1: curves[1]}),
         "distance": distance(dataset, {M: values for M, values in curves.items() if M > 1}),
         "last": {str(M): finite_or_none(values[-1]) for M, values in curves.items()},
+        "lowest_epoch": {str(M): 1 + values.index(min(values)) for M, values in curves.items()},
         "orderings": orderings(curves),
     }
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from replica_newton.report.style import style
+from replica_newton.report.style import settle, style
 
 
 class _Look(NamedTuple):
@@ -68,6 +68,8 @@ def mechanism_figure(measurements: Mapping[str, Any]) -> Figure:
             axes.xaxis.label.set_size(9.5)
             axes.yaxis.label.set_size(9.5)
             draw(axes, measurements)
+    # The room that a legend below its panel needs depends on the height of the panel: one pass is not enough.
+    settle(figure)
     return figure
 
 

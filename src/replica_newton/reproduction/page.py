@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from replica_newton.files import replace_file
-from replica_newton.report.formats import format_count, format_nll, format_percent
+from replica_newton.report.formats import MISSING, format_nll, format_percent
+from replica_newton.report.markdown import render_markdown
 from replica_newton.report.style import save_figure
 from replica_newton.reproduction.curve_figures import (
     ACTIVATION_NAMES,
@@ -103,55 +102,41 @@ def page_text(plan: Plan, results: Results, found: dict[str, Any], command: str)
         Markdown.
     """
     measured = {one.quantity: results.measurements[one.name] for one in plan.measurements()}
-    page = (
-        _templates()
-        .get_template("reproduction.md.j2")
-        .render(
-            command=command,
-            quick=plan.extent.train_limit is not None,
-            tuning_epochs=plan.extent.tuning_epochs,
-            peer_names=PEER_NAMES,
-            reading=reading_named(found["search"]["best"]["reading"]),
-            findings=found,
-            surfaces=measured["surfaces"],
-            mechanism=measured["mechanism"],
-            rates=_optimal_rates(plan, results),
-            surface_methods={name: method.label for name, method in METHODS.items()},
-        )
+    return render_markdown(
+        "replica_newton.reproduction",
+        "reproduction.md.j2",
+        _filters(),
+        command=command,
+        quick=plan.extent.train_limit is not None,
+        tuning_epochs=plan.extent.tuning_epochs,
+        peer_names=PEER_NAMES,
+        reading=reading_named(found["search"]["best"]["reading"]),
+        findings=found,
+        surfaces=measured["surfaces"],
+        mechanism=measured["mechanism"],
+        rates=_optimal_rates(plan, results),
+        surface_methods={name: method.label for name, method in METHODS.items()},
     )
-    return "".join(f"{line.rstrip()}\n" for line in page.splitlines())
 
 
 def _optimal_rates(plan: Plan, results: Results) -> list[dict[str, Any]]:
     return [results.measurements[one.name] for one in plan.measurements() if one.quantity == "optimal_rate"]
 
 
-def _templates() -> Environment:
-    # No HTML: the page is Markdown, and all of its values are our own.
-    environment = Environment(  # noqa: S701
-        loader=PackageLoader("replica_newton.reproduction", ""),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters: dict[str, Callable[[Any], str]] = {
-        "nll": lambda value: "diverged" if value is None else format_nll(value),
+def _filters() -> dict[str, Callable[..., Any]]:
+    return {
+        "distance": lambda value: MISSING if value is None else format_nll(value),
         "number": _number,
         "plain": lambda value: f"{value:g}",
-        "percent": lambda value: "–" if value is None else format_percent(value),
-        "count": format_count,
+        "percent": lambda value: MISSING if value is None else format_percent(value),
         "tick": lambda holds: "yes" if holds else "no",
         "dataset": DATASET_NAMES.__getitem__,
         "activation": ACTIVATION_NAMES.__getitem__,
         "cell": lambda text: text.replace("|", "\\|"),
         "set_up": _set_up,
-        "steps": lambda value: "never left" if value is None else f"{value:,}",
+        "steps": lambda value: "not left" if value is None else f"{value:,}",
         "arrival": lambda one: "never" if one["steps"] is None else str(one["steps"]),
         "best_multiples": _best_multiples,
-    }
-    environment.filters |= filters
-    environment.filters |= {
         "median": median,
         "sharpness_error": _sharpness_error,
         "at": lambda values, places, place: values[places.index(place)],
@@ -161,13 +146,12 @@ def _templates() -> Environment:
         "ratios": _ratios,
         "cases": _cases,
     }
-    return environment
 
 
 def _number(value: float | None) -> str:
     """Three significant digits."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return MISSING
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0.0 else f"{value:.1e}"
 
 
