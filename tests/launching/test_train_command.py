@@ -76,6 +76,17 @@ def test_servers_told_to_leave_go_on_to_the_numbers_of_one_process(tmp_path: Pat
     check_parity(metrics(tmp_path / "run"), "paper-common", 2)
 
 
+def test_a_worker_beside_a_server_is_dropped_and_training_goes_on(tmp_path: Path) -> None:
+    with start(tmp_path, "--topology", "server", "--processes", 4, "--out", "run", "--epochs", 20) as process:
+        assert "epoch 1/20" in process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert re.search(r"rank 3 is lost, noticed in [a-z ]+: generation 1 goes on with 2 replicas", out)
+    assert len(metrics(tmp_path / "run")) == 20
+
+
 def test_two_agents_of_torchrun_train_as_one_process(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
