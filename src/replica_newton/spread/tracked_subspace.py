@@ -1,12 +1,27 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
+
+_ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
+"""Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
+
+
+class Columns(Protocol):
+    """How processes share rows of N elements: n columns each. A `Topology` is one."""
+
+    def part(self, vector: Tensor) -> Tensor:
+        """The columns held here, `(n,)`, of a vector `(N,)` that all processes have."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sum over the processes of a small fp64 tensor on the CPU."""
+        ...
 
 
 class TrackedSubspace:
@@ -39,6 +54,8 @@ class TrackedSubspace:
         smoothing: weight in (0, 1] of a new response; 1 forgets, and suits a Hessian without noise.
         seed: of the random first directions.
         device: where the directions live, in fp32.
+        columns: processes that follow one space together; each then holds and hands over n columns of every row, where
+            `(…, N)` is written below, and all call the same methods. None for one process with all columns.
 
     Attributes:
         sweeps: how often all directions have been probed.
@@ -52,7 +69,14 @@ class TrackedSubspace:
     """
 
     def __init__(
-        self, order: int, size: int, *, smoothing: float = 0.5, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        order: int,
+        size: int,
+        *,
+        smoothing: float = 0.5,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        columns: Columns | None = None,
     ) -> None:
         if not 1 <= order <= size:
             raise ValueError(f"{order=} must be in [1, {size}], the number of parameters")
@@ -63,7 +87,10 @@ class TrackedSubspace:
         self.sweeps = 0
         self._next = 0
         generator = torch.Generator().manual_seed(seed)
-        self._directions = _orthonormal(torch.randn(order, size, generator=generator).to(device))
+        self._columns = columns
+        rows = (torch.randn(size, generator=generator) for _ in range(order))
+        parts = [row if columns is None else columns.part(row) for row in rows]
+        self._directions = self._orthonormal(torch.stack(parts).to(device))
         self._vectors = torch.zeros_like(self._directions)
         self._responses = torch.zeros_like(self._directions)
         self._values = torch.zeros(order, dtype=torch.float64)
@@ -102,7 +129,7 @@ class TrackedSubspace:
             )
         responses = responses.to(self._directions.dtype)
         count = len(responses)
-        if not bool(torch.isfinite(responses).all()):
+        if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
             raise ValueError("responses must be finite")
         turn = self._turn(count)
         first_sweep = self.sweeps == 0
@@ -140,8 +167,19 @@ class TrackedSubspace:
         if not values.numel():
             return values
         errors = self._responses - values.to(self._vectors)[:, None] * self._vectors
-        lengths: Tensor = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64)
-        return lengths.cpu()
+        return self.lengths(errors)
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Lengths of rows.
+
+        Args:
+            rows: `(k, N)`.
+
+        Returns:
+            `(k,)`, fp64 on the CPU, the same in all processes.
+        """
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        return self._total(squares.cpu()).sqrt()
 
     @property
     def uncertainties(self) -> Tensor:
@@ -162,8 +200,9 @@ class TrackedSubspace:
             The product, of the shape of z, in fp32.
 
         Raises:
-            ValueError: if `bulk` is not finite or the shape of z does not fit.
+            ValueError: if `bulk` is not finite, the shape of z does not fit, or processes share the columns.
         """
+        self._check_alone()
         return low_rank_hvp(self.eigenvalues, self.eigenvectors, z, bulk=bulk)
 
     def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
@@ -179,9 +218,15 @@ class TrackedSubspace:
             The product, of the shape of z, in fp32.
 
         Raises:
-            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, or the shape of z does not fit.
+            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, the shape of z does not fit, or
+                processes share the columns.
         """
+        self._check_alone()
         return damped_inverse_hvp(self.eigenvalues, self.eigenvectors, z, damping, bulk=bulk, absolute=absolute)
+
+    def _check_alone(self) -> None:
+        if self._columns is not None:
+            raise ValueError("products need all columns: CurvatureMonitor.eigenvectors has them in every process")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
@@ -211,15 +256,24 @@ class TrackedSubspace:
     def _turn(self, count: int) -> list[int]:
         return [(self._next + i) % self.order for i in range(count)]
 
+    def _total(self, sums: Tensor) -> Tensor:
+        return sums if self._columns is None else self._columns.total(sums)
+
+    def _products(self, rows: Tensor, others: Tensor) -> Tensor:
+        return self._total(inner_products(rows, others))
+
     def _model(self, q: Tensor) -> Tensor:
         """`A q` for rows q."""
-        along = q @ self._vectors.T
-        across = q - along @ self._vectors
-        return along @ self._responses + (across @ self._responses.T) @ self._vectors
+        order = self.order
+        products = self._products(q, torch.cat((self._vectors, self._responses)))
+        within = self._products(self._vectors, self._responses)
+        along = products[:, :order].to(q)
+        across = (products[:, order:] - products[:, :order] @ within).to(q)
+        return along @ self._responses + across @ self._vectors
 
     def _rayleigh_ritz(self, responses: Tensor) -> Tensor:
         """New pairs from the directions and their responses; the coordinates of the pairs in the directions."""
-        projected = inner_products(self._directions, responses)
+        projected = self._products(self._directions, responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T.to(self._directions)
@@ -233,7 +287,7 @@ class TrackedSubspace:
     def _note_spread(self, coordinates: Tensor, innovations: Tensor) -> None:
         """Variances after a probe, in whose directions the pairs have the coordinates `(order, count)`."""
         weights = coordinates.double().cpu().square()
-        squares = inner_products(self._vectors, innovations).square()
+        squares = self._products(self._vectors, innovations).square()
         variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         known = torch.isfinite(self._variances)
         self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
@@ -243,16 +297,23 @@ class TrackedSubspace:
     def _turn_basis(self) -> None:
         """Directions of the next sweep: the basis of the responses."""
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
-        longest = float(torch.linalg.vector_norm(self._responses, dim=1).max())
-        basis = _orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
+        longest = float(self.lengths(self._responses).max())
+        basis = self._orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
         self._directions = _cosines(self.order).to(basis) @ basis
 
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis of independent rows, that of Gram and Schmidt: QR leaves the signs to chance."""
-    columns, upper = torch.linalg.qr(rows.T)
-    basis: Tensor = torch.where(upper.diagonal() < 0.0, -1.0, 1.0)[:, None] * columns.T
-    return basis.contiguous()
+    def _orthonormal(self, rows: Tensor) -> Tensor:
+        """Orthonormal basis of independent rows, that of Gram and Schmidt, by Cholesky factors of their Gram matrix."""
+        # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
+        # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
+        for _ in range(_ROUNDS):
+            rows = rows / self.lengths(rows).clamp_min(torch.finfo(rows.dtype).tiny).to(rows)[:, None]
+            gram = self._products(rows, rows)
+            eye = torch.eye(len(gram), dtype=gram.dtype)
+            if float((gram - eye).abs().max()) < _ORTHONORMAL:
+                break
+            lower = torch.linalg.cholesky(gram + _SHIFT * eye)
+            rows = torch.linalg.solve_triangular(lower, eye, upper=False).to(rows) @ rows
+        return rows
 
 
 def _cosines(order: int) -> Tensor:
