@@ -1,15 +1,21 @@
 """What each process of a test of the monitor runs."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from reference import generator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton import CurvatureMonitor, Simulated, TreeReduction
 
 SAMPLES = 24
+
+
+def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of a batch."""
+    return cross_entropy(module(x), y)
 
 
 def watched_run(
@@ -32,10 +38,7 @@ def watched_run(
         closure = topology.closure(module, cross_entropy, x[share], y[share])
         optimizer.zero_grad()
         cross_entropy(module(x), y).backward()  # the same in all processes, as after an all-reduce
-        sent = 0 if rank is None else topology.elements_sent.total()
-        observation = monitor.observe(
-            closure if not plain else lambda x=x[share], y=y[share]: cross_entropy(module(x), y)
-        )
+        observation = monitor.observe(partial(loss, module, x[share], y[share]) if plain else closure)
         if observation is not None:
             seen.append(observation)
         optimizer.step()
@@ -47,7 +50,6 @@ def watched_run(
         "hvp": monitor.hvp(z),
         "inverse_hvp": monitor.inverse_hvp(z, 1.0, absolute=True),
         "state": {k: v.numel() for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
-        "sent": sent,
         "size": size,
     }
 

@@ -34,8 +34,8 @@ class CurvatureMonitor:
     At every `every`-th call the gradient is differentiated once more, along a direction q from a `TrackedSubspace`:
     that is `H q` on the batch. The closure of M replicas probes M directions at once, each on its own shard. With a
     topology of several processes, each probes one direction on its own batch, and holds its columns of the tracked
-    space. Training is not touched: parameters, gradients, buffers (batch-norm statistics) and random state are as before, bit
-    for bit.
+    space. Training is not touched: parameters, gradients, buffers (batch-norm statistics) and random state are as
+    before, bit for bit.
 
     With `optimizer`, the monitor also says how close to instability it trains, and logs a warning when it passes the
     limit. The metric of Adam and AdamW calls for eigenvalues of another matrix, `P^-½ H P^-½`: a second space follows
@@ -81,7 +81,7 @@ class CurvatureMonitor:
         optimizer: Optimizer | None = None,
         rank: int = 8,
         every: int = 10,
-        smoothing: float = 0.5,
+        smoothing: float = 0.3,
         topology: Simulated | TreeReduction | None = None,
         relative_step: float | None = None,
         reuse_gradient: bool = False,

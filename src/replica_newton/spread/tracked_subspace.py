@@ -11,6 +11,9 @@ from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 _ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
 """Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
 
+_MIDDLE = torch.tensor([1.0, 0.5], dtype=torch.float64)
+"""Eigenvalue from a Ritz value and its correction."""
+
 
 class Columns(Protocol):
     """How processes share rows of N elements: n columns each. A `Topology` is one."""
@@ -46,7 +49,14 @@ class TrackedSubspace:
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square is the variance of a response, `σ² = Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`; as
-    the directions are orthonormal, that of the Ritz value is `f σ²`, where f is left of it by the smoothing.
+    the directions are orthonormal, that of the eigenvalue is `f σ²/(1 + g)`: f is left of it by the smoothing, and g is
+    what the Ritz value itself adds to the innovation.
+
+    Ritz values of a noisy matrix are too large, as its vectors turn to where the noise adds. The innovation shows by
+    how much: the probe's noise is new to x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
+    curvature along x from the Ritz value θ. That, in turn, is too small, for x is no eigenvector: `θ + c ≤ λ ≤ θ`
+    on average. The eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are. For exact
+    responses of one H, c is zero.
 
     Args:
         order: number of directions, in 1 … N.
@@ -94,8 +104,9 @@ class TrackedSubspace:
         self._vectors = torch.zeros_like(self._directions)
         self._responses = torch.zeros_like(self._directions)
         self._values = torch.zeros(order, dtype=torch.float64)
+        self._corrections = torch.zeros(order, dtype=torch.float64)
         self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
-        self._averaged = 1.0
+        self._averaged = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 
     def directions(self, count: int) -> Tensor:
         """Directions to probe next, in turn.
@@ -135,6 +146,9 @@ class TrackedSubspace:
         first_sweep = self.sweeps == 0
         modelled = self._responses.clone() if first_sweep else self._model(self._directions)
         innovations = responses - modelled[turn]
+        before = self._vectors
+        if not first_sweep:
+            self._correct(self._directions[turn], innovations)
         modelled[turn] += innovations if first_sweep else self.smoothing * innovations
         self._next += count
         if first_sweep and self._next < self.order:
@@ -143,6 +157,7 @@ class TrackedSubspace:
         rotation = self._rayleigh_ritz(modelled)
         if not first_sweep:
             self._note_spread(rotation[:, turn], innovations)
+            self._carry_corrections(before)
         if self._next < self.order:
             return
         self._next = 0
@@ -152,8 +167,8 @@ class TrackedSubspace:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Ritz values, `(order,)` fp64 on the CPU, signed, by magnitude descending; empty in the first sweep."""
-        return self._values[: self.order if self.sweeps else 0].clone()
+        """Of the pairs, by magnitude of the Ritz values, `(order,)` fp64 on the CPU, signed; empty in the first sweep."""
+        return (self._values + self._corrections / 2)[: self.order if self.sweeps else 0]
 
     @property
     def eigenvectors(self) -> Tensor:
@@ -162,11 +177,10 @@ class TrackedSubspace:
 
     @property
     def residuals(self) -> Tensor:
-        """`‖H x_i − θ_i x_i‖` of every pair with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
-        values = self.eigenvalues
-        if not values.numel():
-            return values
-        errors = self._responses - values.to(self._vectors)[:, None] * self._vectors
+        """`‖H x_i − θ_i x_i‖` of Ritz pairs with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
+        if not self.sweeps:
+            return self._values[:0].clone()
+        errors = self._responses - self._values.to(self._vectors)[:, None] * self._vectors
         return self.lengths(errors)
 
     def lengths(self, rows: Tensor) -> Tensor:
@@ -184,7 +198,8 @@ class TrackedSubspace:
     @property
     def uncertainties(self) -> Tensor:
         """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
-        deviations = (self._averaged * self._variances).sqrt()
+        left = float(_MIDDLE @ self._averaged @ _MIDDLE)
+        deviations = (left / (1.0 + self._averaged[0, 0]) * self._variances).sqrt()
         return deviations[: self.order if self.sweeps else 0]
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
@@ -231,7 +246,7 @@ class TrackedSubspace:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
         names = ["order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values"]
-        names += ["_variances", "_averaged"]
+        names += ["_variances", "_corrections", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,9 +264,8 @@ class TrackedSubspace:
         self.smoothing, self.sweeps, self._next = state["smoothing"], state["sweeps"], state["next"]
         for name in ("directions", "vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._directions, copy=True))
-        for name in ("values", "variances"):
+        for name in ("values", "variances", "corrections", "averaged"):
             setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
-        self._averaged = state["averaged"]
 
     def _turn(self, count: int) -> list[int]:
         return [(self._next + i) % self.order for i in range(count)]
@@ -291,8 +305,24 @@ class TrackedSubspace:
         variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         known = torch.isfinite(self._variances)
         self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
-        renewed = (1.0 - self.smoothing) ** 2 * self._averaged + self.smoothing**2
-        self._averaged += len(innovations) / self.order * (renewed - self._averaged)
+        # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
+        s = self.smoothing
+        passed_on = torch.tensor([[1.0 - s, 0.0], [-s, 1.0 - s]], dtype=torch.float64)
+        renewed = passed_on @ self._averaged @ passed_on.T + s**2
+        self._averaged = torch.lerp(self._averaged, renewed, len(innovations) / self.order)
+
+    def _correct(self, directions: Tensor, innovations: Tensor) -> None:
+        """What a probe says about the values of the pairs before it."""
+        coordinates = self._products(self._vectors, directions)
+        seen = coordinates.square().sum(dim=1)
+        along = (coordinates * self._products(self._vectors, innovations)).sum(dim=1)
+        self._corrections = self._corrections + self.smoothing * (along - seen.clamp_max(1.0) * self._corrections)
+
+    def _carry_corrections(self, before: Tensor) -> None:
+        """Corrections of the new pairs, each from those of the old ones that it is made of."""
+        shares = self._products(self._vectors, before).square()
+        total = shares.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        self._corrections = (shares @ self._corrections) / total
 
     def _turn_basis(self) -> None:
         """Directions of the next sweep: the basis of the responses."""
