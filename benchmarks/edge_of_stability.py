@@ -123,9 +123,9 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
                 f"{half.edge:.0f}/rate = {edge:.0f}",
                 (1.0, edge),
                 xycoords=("axes fraction", "data"),
-                xytext=(-4, 3),
+                xytext=(4, 0),
                 textcoords="offset points",
-                ha="right",
+                va="center",
                 color=colour,
             )
         left.set_ylabel("training loss")

@@ -48,9 +48,9 @@ class TrackedSubspace:
     direction with a part of every Ritz vector: so all probes, and all replicas' samples, count towards every pair.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
-    probed q together, its mean square is the variance of a response, `σ² = Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`; as
-    the directions are orthonormal, that of the eigenvalue is `f σ²/(1 + g)`: f is left of it by the smoothing, and g is
-    what the Ritz value itself adds to the innovation.
+    probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
+    of a response and of what it is compared with; as the directions are orthonormal, the variance of the eigenvalue is
+    the fraction of it that the smoothing leaves. Where it does not only scatter, it is larger: a cautious estimate.
 
     Ritz values of a noisy matrix are too large, as its vectors turn to where the noise adds. The innovation shows by
     how much: the probe's noise is new to x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
@@ -148,16 +148,15 @@ class TrackedSubspace:
         innovations = responses - modelled[turn]
         before = self._vectors
         if not first_sweep:
-            self._correct(self._directions[turn], innovations)
+            self._learn(self._directions[turn], innovations)
         modelled[turn] += innovations if first_sweep else self.smoothing * innovations
         self._next += count
         if first_sweep and self._next < self.order:
             self._responses = modelled
             return
-        rotation = self._rayleigh_ritz(modelled)
+        self._rayleigh_ritz(modelled)
         if not first_sweep:
-            self._note_spread(rotation[:, turn], innovations)
-            self._carry_corrections(before)
+            self._carry_over(before)
         if self._next < self.order:
             return
         self._next = 0
@@ -167,7 +166,7 @@ class TrackedSubspace:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Of the pairs, by magnitude of the Ritz values, `(order,)` fp64 on the CPU, signed; empty in the first sweep."""
+        """`(order,)` fp64 on the CPU, signed, Ritz values by magnitude, then corrected; empty in the first sweep."""
         return (self._values + self._corrections / 2)[: self.order if self.sweeps else 0]
 
     @property
@@ -285,8 +284,8 @@ class TrackedSubspace:
         across = (products[:, order:] - products[:, :order] @ within).to(q)
         return along @ self._responses + across @ self._vectors
 
-    def _rayleigh_ritz(self, responses: Tensor) -> Tensor:
-        """New pairs from the directions and their responses; the coordinates of the pairs in the directions."""
+    def _rayleigh_ritz(self, responses: Tensor) -> None:
+        """New pairs from the directions and their responses."""
         projected = self._products(self._directions, responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
@@ -296,13 +295,16 @@ class TrackedSubspace:
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
-        return rotation
 
-    def _note_spread(self, coordinates: Tensor, innovations: Tensor) -> None:
-        """Variances after a probe, in whose directions the pairs have the coordinates `(order, count)`."""
-        weights = coordinates.double().cpu().square()
-        squares = self._products(self._vectors, innovations).square()
-        variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    def _learn(self, directions: Tensor, innovations: Tensor) -> None:
+        """What a probe says about the pairs before it: corrections and variances."""
+        coordinates = self._products(self._vectors, directions)
+        along = self._products(self._vectors, innovations)
+        weights = coordinates.square()
+        seen = weights.sum(dim=1)
+        excess = (coordinates * along).sum(dim=1) - seen.clamp_max(1.0) * self._corrections
+        self._corrections = self._corrections + self.smoothing * excess
+        variances = (weights * along.square()).sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
         known = torch.isfinite(self._variances)
         self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
         # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
@@ -311,18 +313,12 @@ class TrackedSubspace:
         renewed = passed_on @ self._averaged @ passed_on.T + s**2
         self._averaged = torch.lerp(self._averaged, renewed, len(innovations) / self.order)
 
-    def _correct(self, directions: Tensor, innovations: Tensor) -> None:
-        """What a probe says about the values of the pairs before it."""
-        coordinates = self._products(self._vectors, directions)
-        seen = coordinates.square().sum(dim=1)
-        along = (coordinates * self._products(self._vectors, innovations)).sum(dim=1)
-        self._corrections = self._corrections + self.smoothing * (along - seen.clamp_max(1.0) * self._corrections)
-
-    def _carry_corrections(self, before: Tensor) -> None:
-        """Corrections of the new pairs, each from those of the old ones that it is made of."""
+    def _carry_over(self, before: Tensor) -> None:
+        """Corrections and variances of the new pairs, from those of the old ones that they are made of."""
         shares = self._products(self._vectors, before).square()
-        total = shares.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        self._corrections = (shares @ self._corrections) / total
+        shares /= shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        self._corrections = shares @ self._corrections
+        self._variances = shares @ self._variances
 
     def _turn_basis(self) -> None:
         """Directions of the next sweep: the basis of the responses."""
