@@ -275,15 +275,15 @@ def test_a_loaded_state_goes_on_bit_for_bit(steps: int):
     assert torch.equal(resumed.subspace.eigenvectors, monitor.subspace.eigenvectors)
 
 
-def test_an_observation_has_an_uncertainty_for_every_pair_once_a_direction_is_probed_again():
+def test_an_observation_has_an_uncertainty_for_every_pair_once_a_direction_is_probed_for_the_third_time():
     problem = classification()
     monitor = CurvatureMonitor(problem.module, rank=3, every=1)
-    assert bool(watched(monitor, closure_of(problem, 3), 1).uncertainties.isinf().all())
+    assert bool(watched(monitor, closure_of(problem, 3), 2).uncertainties.isinf().all())
     seen = watched(monitor, closure_of(problem, 3), 30)
     assert seen.uncertainties.shape == (3,)
-    # Shards of eight samples differ by about as much as their mean is large.
+    # Shards of eight samples differ; directions that turn let their differences show, though the batch stays the same.
     relative = float(seen.uncertainties[0]) / seen.sharpness
-    assert 0.02 < relative < 0.5
+    assert 0.005 < relative < 0.5
     assert torch.equal(monitor.eigenvectors, monitor.subspace.eigenvectors)
 
 

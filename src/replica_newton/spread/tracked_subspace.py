@@ -196,7 +196,7 @@ class TrackedSubspace:
 
     @property
     def uncertainties(self) -> Tensor:
-        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
+        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a third probe; see above."""
         left = float(_MIDDLE @ self._averaged @ _MIDDLE)
         deviations = (left / (1.0 + self._averaged[0, 0]) * self._variances).sqrt()
         return deviations[: self.order if self.sweeps else 0]
@@ -304,9 +304,11 @@ class TrackedSubspace:
         seen = weights.sum(dim=1)
         excess = (coordinates * along).sum(dim=1) - seen.clamp_max(1.0) * self._corrections
         self._corrections = self._corrections + self.smoothing * excess
-        variances = (weights * along.square()).sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
-        known = torch.isfinite(self._variances)
-        self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
+        # The first sweep's model knows what its own responses say along its vectors, whatever H is.
+        if self.sweeps > 1:
+            variances = (weights * along.square()).sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
+            known = torch.isfinite(self._variances)
+            self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
         # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
         s = self.smoothing
         passed_on = torch.tensor([[1.0 - s, 0.0], [-s, 1.0 - s]], dtype=torch.float64)
