@@ -86,7 +86,9 @@ def descend(half: Half, rate: float, steps: int, advance: Callable[[], None]) ->
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
     optimizer = half.build(model.parameters(), rate)
     # The batch is the whole set: there is no noise to smooth away, and the gradient at hand serves the probe.
-    monitor = CurvatureMonitor(model, optimizer=optimizer, rank=2, every=EVERY, smoothing=1.0, reuse_gradient=True)
+    monitor = CurvatureMonitor(
+        model, optimizer=optimizer, rank=2, every=EVERY, smoothing=1.0, relative_step=1e-3, reuse_gradient=True
+    )
 
     def loss() -> torch.Tensor:
         return 0.5 * nn.functional.mse_loss(model(inputs), targets, reduction="sum") / len(inputs)
@@ -121,9 +123,9 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
                 f"{half.edge:.0f}/rate = {edge:.0f}",
                 (1.0, edge),
                 xycoords=("axes fraction", "data"),
-                xytext=(-4, 3),
+                xytext=(4, 0),
                 textcoords="offset points",
-                ha="right",
+                va="center",
                 color=colour,
             )
         left.set_ylabel("training loss")

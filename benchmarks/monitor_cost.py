@@ -62,7 +62,8 @@ class Run:
         self.model = reference_convnet(dataset.input_shape)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9)
         reuse = mode == "1 process, .grad reused"
-        self.monitor = CurvatureMonitor(self.model, rank=RANK, every=EVERY, reuse_gradient=reuse)
+        step = 1e-3 if reuse else None
+        self.monitor = CurvatureMonitor(self.model, rank=RANK, every=EVERY, relative_step=step, reuse_gradient=reuse)
         self.replicas = Simulated(RANK)
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0

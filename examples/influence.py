@@ -77,7 +77,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def train(model: nn.Module, x: Tensor, y: Tensor) -> CurvatureMonitor:
     """Full-batch Adam with weight decay, watched at every step by a gradient more."""
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
-    monitor = CurvatureMonitor(model, rank=RANK, every=1, reuse_gradient=True)
+    monitor = CurvatureMonitor(model, rank=RANK, every=1, relative_step=1e-3, reuse_gradient=True)
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss(model, x, y).backward()  # type: ignore[no-untyped-call]

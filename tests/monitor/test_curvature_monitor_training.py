@@ -201,7 +201,7 @@ def sharpness_under_gradient_descent(rate: float, steps: int) -> tuple[list[floa
     module, targets = network(64, 24, 24, 10), one_hot(labels, 10).float()
     with torch.no_grad():
         module[-1].weight.mul_(0.3)  # else it starts out sharper than the edge
-    monitor = CurvatureMonitor(module, every=5, rank=4, reuse_gradient=True)
+    monitor = CurvatureMonitor(module, every=5, rank=4, relative_step=1e-3, reuse_gradient=True)
     optimizer = torch.optim.SGD(module.parameters(), rate)
 
     def loss() -> Tensor:

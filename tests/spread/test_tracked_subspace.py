@@ -128,10 +128,11 @@ def test_uncertainties_are_the_errors_that_noise_makes(count: int):
     assert 0.85 < float(torch.stack(covered).to(F64).mean()) < 0.95
 
 
-def test_without_noise_there_is_no_uncertainty_and_before_a_second_probe_none_is_known():
+def test_without_noise_there_is_no_uncertainty_and_before_a_third_probe_none_is_known():
     H = symmetric(SPECTRUM, seed=0)
     space = TrackedSubspace(ORDER, N)
     assert space.uncertainties.shape == (0,)
+    probe(space, H)
     probe(space, H)
     assert bool(space.uncertainties.isinf().all())
     probe(space, H)

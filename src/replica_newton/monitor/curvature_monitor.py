@@ -2,18 +2,20 @@
 
 import logging
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from replica_newton.curvature.gram import inner_products
+from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.monitor.observation import CurvatureObservation
+from replica_newton.monitor.probes import Loss, differences, exact_products
 from replica_newton.monitor.stability import added_weight_decay, has_metric, is_known, metric_of, stable_sharpness
-from replica_newton.monitor.untouched import untouched
 from replica_newton.spread import TrackedSubspace
-from replica_newton.topology import ReplicaClosure
+from replica_newton.topology import LocalClosure, ReplicaClosure, Simulated, TreeReduction
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,10 @@ class CurvatureMonitor:
         loss.backward()
         monitor.observe(lambda: criterion(model(x), y))      # before optimizer.step()
 
-    At every `every`-th call the gradient is evaluated twice on the same batch, with the same random numbers, at w and
-    at `w + h q`: the difference over h is `H q` on that batch, without sampling noise in the difference. The direction
-    q comes from a `TrackedSubspace`. A `ReplicaClosure` over M replicas probes M directions at once, each on its own
-    shard. Training is not touched: parameters, gradients, buffers (batch-norm statistics) and random state are as
+    At every `every`-th call the gradient is differentiated once more, along a direction q from a `TrackedSubspace`:
+    that is `H q` on the batch. The closure of M replicas probes M directions at once, each on its own shard. With a
+    topology of several processes, each probes one direction on its own batch, and holds its columns of the tracked
+    space. Training is not touched: parameters, gradients, buffers (batch-norm statistics) and random state are as
     before, bit for bit.
 
     With `optimizer`, the monitor also says how close to instability it trains, and logs a warning when it passes the
@@ -46,12 +48,15 @@ class CurvatureMonitor:
         rank: number of eigenpairs to follow.
         every: calls of `observe` from one probe to the next.
         smoothing: see `TrackedSubspace`.
-        relative_step: h over `max(‖w‖, 1)`; q has unit length. The default weighs the rounding of fp32 gradients
-            against the change of the Hessian along the way. Where a kink (ReLU, max-pooling) is crossed, the jump of
-            the gradient over h counts as curvature.
-        reuse_gradient: take the gradient at w from `.grad` instead of evaluating it: one gradient a probe. Right only
-            if `.grad` is that of the very same loss, not clipped, scaled or accumulated, and the network draws no
-            random numbers. Replicas need a gradient each, and always evaluate it.
+        topology: where the replicas live. With processes, `observe` is called by all of them, at the same parameters,
+            each with the loss of its own batch.
+        relative_step: None differentiates twice, which is exact. Otherwise `H q ≈ (g(w + h q) − g(w))/h` on the same
+            data with the same random numbers, h over `max(‖w‖, 1)`, for models that can be differentiated once, or to
+            reuse gradients. 1e-3 weighs the rounding of fp32 gradients against the change of the Hessian along the way.
+            Where a kink (ReLU, max-pooling) is crossed, the jump of the gradient over h counts as curvature.
+        reuse_gradient: with `relative_step`, take the gradient at w from `.grad` instead of evaluating it: one gradient
+            a probe. Right only if `.grad` is that of the very same loss, not clipped, scaled or accumulated, and the
+            network draws no random numbers. Replicas need a gradient each, and always evaluate it.
         seed: of the first directions.
 
     Attributes:
@@ -59,11 +64,14 @@ class CurvatureMonitor:
         subspace: what follows H.
         preconditioned: what follows `P^-½ H P^-½` beside Adam and AdamW, else None.
         last: newest `CurvatureObservation`, None before the first.
-        samples_evaluated: samples whose gradient the probes computed; counted for a `ReplicaClosure` only.
+        samples_evaluated: samples whose gradient the probes computed, a product counting as another gradient; counted
+            for closures of a topology only.
 
     Raises:
-        TypeError: if a parameter is neither fp32 nor fp64: differences of gradients in half precision are rounding.
-        ValueError: if an option is out of range, the model has nothing to train, or the optimizer lacks a parameter.
+        TypeError: if a parameter is neither fp32 nor fp64: curvature from gradients in half precision is rounding; or
+            the topology is of another kind.
+        ValueError: if an option is out of range, the model has nothing to train, the optimizer lacks a parameter, or
+            there are more replicas than `rank`.
     """
 
     def __init__(
@@ -73,8 +81,9 @@ class CurvatureMonitor:
         optimizer: Optimizer | None = None,
         rank: int = 8,
         every: int = 10,
-        smoothing: float = 0.5,
-        relative_step: float = 1e-3,
+        smoothing: float = 0.3,
+        topology: Simulated | TreeReduction | None = None,
+        relative_step: float | None = None,
         reuse_gradient: bool = False,
         seed: int = 0,
     ) -> None:
@@ -86,21 +95,35 @@ class CurvatureMonitor:
                 raise TypeError(f"parameters must be fp32 or fp64 to be probed, got {parameter.dtype}")
         if every < 1:
             raise ValueError(f"{every=} must be >= 1")
-        if not 0.0 < relative_step < 1.0:
-            raise ValueError(f"{relative_step=} must be in (0, 1)")
+        if relative_step is not None and not 0.0 < relative_step < 1.0:
+            raise ValueError(f"{relative_step=} must be in (0, 1), or None")
+        if reuse_gradient and relative_step is None:
+            raise ValueError("reuse_gradient=True needs a relative_step: exact products evaluate the gradient anyway")
+        if topology is not None and not isinstance(topology, Simulated | TreeReduction):
+            raise TypeError(f"topology must be Simulated or TreeReduction, got {type(topology).__name__}")
+        if topology is not None and topology.replicas > rank:
+            raise ValueError(f"{rank=} must be >= the {topology.replicas} replicas of the topology")
         if optimizer is not None:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if any(id(parameter) not in held for parameter in self._parameters):
                 raise ValueError("optimizer must hold every parameter of the model that requires a gradient")
         self._model = model
         self.optimizer = optimizer
-        size = sum(parameter.numel() for parameter in self._parameters)
-        self.subspace = TrackedSubspace(rank, size, smoothing=smoothing, seed=seed, device=self._parameters[0].device)
+        self.topology = topology
+        self._processes = topology if isinstance(topology, TreeReduction) else None
+        self._size = sum(parameter.numel() for parameter in self._parameters)
+        new_space = partial(
+            TrackedSubspace,
+            rank,
+            self._size,
+            smoothing=smoothing,
+            device=self._parameters[0].device,
+            columns=self._processes,
+        )
+        self.subspace = new_space(seed=seed)
         self.preconditioned: TrackedSubspace | None = None
         if optimizer is not None and is_known(optimizer) and has_metric(optimizer):
-            self.preconditioned = TrackedSubspace(
-                rank, size, smoothing=smoothing, seed=seed + 1, device=self._parameters[0].device
-            )
+            self.preconditioned = new_space(seed=seed + 1)
         self._preconditioned_is_next = False
         self._unstable = False
         self.every = every
@@ -110,21 +133,23 @@ class CurvatureMonitor:
         self.last: CurvatureObservation | None = None
         self.samples_evaluated = 0
 
-    def observe(self, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation | None:
+    def observe(self, evaluate: Loss | ReplicaClosure | LocalClosure) -> CurvatureObservation | None:
         """Probe, if one is due.
 
         To be called after `backward`: the probe writes to the parameters and back, which autograd sees, so that it
         refuses a graph made before. An autocast around the call is suspended.
 
         Args:
-            evaluate: returns the loss of the current batch, with its graph and in full precision; or the closure of M
-                replicas.
+            evaluate: returns the loss of the current batch, with its graph and in full precision; or a closure made by
+                a topology.
 
         Returns:
             What was seen, None where no probe was due.
 
         Raises:
             FloatingPointError: if a gradient is not finite; the tracked space is then as before.
+            RuntimeError: if the model cannot be differentiated twice; see `relative_step`.
+            TypeError: if the closure is not of the monitor's topology.
             ValueError: if there are more replicas than `rank`, or no `.grad` to reuse.
         """
         step, self.steps = self.steps, self.steps + 1
@@ -136,16 +161,23 @@ class CurvatureMonitor:
 
     @property
     def eigenvectors(self) -> Tensor:
-        """Ritz vectors of the newest eigenvalues, `(rank, N)` fp32, orthonormal rows; empty in the first sweep."""
-        return self.subspace.eigenvectors
+        """Ritz vectors of the newest eigenvalues, `(rank, N)` fp32, orthonormal rows; empty in the first sweep.
+
+        All processes of a topology must ask for them together.
+        """
+        vectors = self.subspace.eigenvectors
+        if self._processes is None or not len(vectors):
+            return vectors
+        return torch.stack([self._processes.whole(row, self._size) for row in vectors])
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
-        """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`."""
-        return self.subspace.hvp(z, bulk=bulk)
+        """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`; by all processes together."""
+        return low_rank_hvp(self.subspace.eigenvalues, self.eigenvectors, z, bulk=bulk)
 
     def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
-        """Product with the damped inverse on the tracked pairs; see `TrackedSubspace.inverse_hvp`."""
-        return self.subspace.inverse_hvp(z, damping, bulk=bulk, absolute=absolute)
+        """Product with the damped inverse on the tracked pairs; see `TrackedSubspace.inverse_hvp`; by all together."""
+        pairs = self.subspace.eigenvalues, self.eigenvectors
+        return damped_inverse_hvp(*pairs, z, damping, bulk=bulk, absolute=absolute)
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: the tracked spaces and the count of steps."""
@@ -173,37 +205,71 @@ class CurvatureMonitor:
         self.subspace.load_state_dict(state["subspace"])
         self.steps = state["steps"]
 
-    def _probe(self, step: int, evaluate: Callable[[], Tensor] | ReplicaClosure) -> CurvatureObservation:
-        closure = evaluate if isinstance(evaluate, ReplicaClosure) else None
-        evaluated = 0 if closure is None else closure.samples_evaluated
+    def _probe(self, step: int, evaluate: Loss | ReplicaClosure | LocalClosure) -> CurvatureObservation:
+        losses, replicas, samples = self._losses(evaluate)
         space, contraction, decay = self._next_space()
-        directions = space.directions(1 if closure is None else closure.replicas)
+        directions = space.directions(replicas)
         # In w̃ = P^½ w, a step q̃ is one of P^-½ q̃ in w.
         displacements = directions if contraction is None else contraction * directions
-        lengths = torch.linalg.vector_norm(displacements, dim=1, keepdim=True)
-        step_length = self.relative_step * max(float(torch.linalg.vector_norm(self._point())), 1.0)
-        if self.reuse_gradient and closure is None:
-            base = self._given_gradient()[None]
-        else:
-            base = self._gradients(evaluate, torch.zeros_like(directions))
-        displaced = self._gradients(evaluate, displacements * (step_length / lengths))
-        if closure is not None:
-            self.samples_evaluated += closure.samples_evaluated - evaluated
-        responses = (displaced - base) * (lengths / step_length)
+        gradients, products = self._measure(losses, self._rows(displacements))
+        if samples is not None:
+            self.samples_evaluated += 2 * samples
+        base, responses = self._columns(gradients), self._columns(products)
         if contraction is not None:
             responses = contraction * (responses + decay * displacements)
-        if not bool(torch.isfinite(responses).all()):
+        if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
             raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
         space.observe(responses)
         self._preconditioned_is_next = space is self.subspace
-        return self._summarise(step, base, None if closure is None else closure.samples)
+        return self._summarise(step, base, samples)
+
+    def _losses(self, evaluate: Loss | ReplicaClosure | LocalClosure) -> tuple[list[Loss], int, int | None]:
+        """The losses to be evaluated here, the number of replicas everywhere, and the samples of all, if known."""
+        if isinstance(evaluate, LocalClosure if self._processes is None else ReplicaClosure):
+            raise TypeError(f"closure must be of the monitor's topology={self.topology}, got {type(evaluate).__name__}")
+        if self._processes is not None:
+            losses = evaluate.losses() if isinstance(evaluate, LocalClosure) else [evaluate]
+            samples = evaluate.samples if isinstance(evaluate, LocalClosure) else None
+            return losses, self._processes.replicas, samples
+        if isinstance(evaluate, ReplicaClosure):
+            if self.topology is not None and self.topology.replicas != evaluate.replicas:
+                raise ValueError(f"closure evaluates {evaluate.replicas} replicas, the monitor's is {self.topology}")
+            return evaluate.losses(), evaluate.replicas, evaluate.samples
+        if self.topology is not None:
+            raise TypeError(f"{self.topology} needs a closure of topology.closure(module, criterion, inputs, targets)")
+        return [evaluate], 1, None
+
+    def _measure(self, losses: list[Loss], directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients and Hessian products, `(k, N)`."""
+        if self.relative_step is None:
+            return exact_products(self._model, self._parameters, losses, directions)
+        alone = len(losses) == 1 and self._processes is None
+        given = self._given_gradient()[None] if self.reuse_gradient and alone else None
+        return differences(
+            self._model, self._parameters, losses, directions, relative_step=self.relative_step, gradients=given
+        )
+
+    def _rows(self, columns: Tensor) -> Tensor:
+        """Rows of the replicas here, from the columns of all rows that are here."""
+        if self._processes is None:
+            return columns
+        return self._processes.published(torch.zeros_like(columns[0]), columns, self._size)[None]
+
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Columns of all rows that are to be here, from the rows of the replicas here."""
+        return rows if self._processes is None else self._processes.columns(rows)
+
+    def _total(self, sums: Tensor) -> Tensor:
+        return sums if self._processes is None else self._processes.total(sums)
 
     def _next_space(self) -> tuple[TrackedSubspace, Tensor | None, float]:
         """The space that is to be probed, the diagonal of P^-½ for the preconditioned one, and the decay within it."""
         if self.optimizer is not None and self.preconditioned is not None and self._preconditioned_is_next:
             metric, decay = metric_of(self.optimizer, self._parameters), added_weight_decay(self.optimizer)
             if metric is not None and decay is not None:
-                return self.preconditioned, metric.rsqrt(), decay
+                contraction = metric.rsqrt()
+                part = contraction if self._processes is None else self._processes.part(contraction)
+                return self.preconditioned, part, decay
         return self.subspace, None, 0.0
 
     def _summarise(self, step: int, gradients: Tensor, batch: int | None) -> CurvatureObservation:
@@ -211,9 +277,11 @@ class CurvatureMonitor:
         sharpness = _largest(eigenvalues)
         preconditioned_sharpness, stability_ratio = self._stability(sharpness)
         self._warn(step, stability_ratio)
-        mean = gradients.mean(dim=0)
-        squared = float(mean @ mean)
-        captured = float((vectors @ mean.to(vectors.dtype)).square().sum()) / squared if squared > 0.0 else 0.0
+        mean = gradients.mean(dim=0, keepdim=True)
+        squared = float(self._total(inner_products(mean, mean)))
+        within = self._total(inner_products(vectors, mean.to(vectors.dtype)))
+        captured = float(within.square().sum()) / squared if squared > 0.0 else 0.0
+        scattered = float(self._total((gradients - mean).double().square().sum().cpu()))
         return CurvatureObservation(
             step=step,
             eigenvalues=eigenvalues,
@@ -224,7 +292,7 @@ class CurvatureMonitor:
             stability_ratio=stability_ratio,
             learning_rate=1.0 / sharpness if sharpness > 0.0 else math.nan,
             captured_gradient_fraction=captured,
-            gradient_noise_scale=None if batch is None else _noise_scale(gradients, batch),
+            gradient_noise_scale=None if batch is None else _noise_scale(scattered, squared, len(gradients), batch),
         )
 
     def _stability(self, sharpness: float) -> tuple[float | None, float | None]:
@@ -254,25 +322,6 @@ class CurvatureMonitor:
         elif ratio < _STABLE_AGAIN:
             self._unstable = False
 
-    def _gradients(self, evaluate: Callable[[], Tensor] | ReplicaClosure, displacements: Tensor) -> Tensor:
-        """Gradients, `(count, N)`, at displaced parameters; leaves no trace in the model."""
-        with untouched(self._model):
-            if isinstance(evaluate, ReplicaClosure):
-                return evaluate.gradients(self._parameters, self._point() + displacements).gradients
-            self._displace(displacements[0])
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(evaluate(), self._parameters, materialize_grads=True)
-            return torch.cat([gradient.detach().flatten() for gradient in gradients])[None]
-
-    @torch.no_grad()
-    def _displace(self, displacement: Tensor) -> None:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        for parameter, piece in zip(self._parameters, torch.split(displacement, sizes), strict=True):
-            parameter.add_(piece.reshape(parameter.shape))
-
-    def _point(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
-
     def _given_gradient(self) -> Tensor:
         if all(parameter.grad is None for parameter in self._parameters):
             raise ValueError("reuse_gradient=True needs the .grad that backward leaves, got none")
@@ -285,12 +334,10 @@ def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else math.nan
 
 
-def _noise_scale(gradients: Tensor, batch: int) -> float | None:
+def _noise_scale(scattered: float, squared: float, M: int, batch: int) -> float | None:
     """`b S² / |g|²` with M gradients of b samples each: S² their variance, `|g|² = ‖ḡ‖² − S²/M` the signal."""
-    M = len(gradients)
     if M < 2:
         return None
-    mean = gradients.mean(dim=0)
-    variance = float((gradients - mean).square().sum()) / (M - 1)
-    signal = float(mean @ mean) - variance / M
+    variance = scattered / (M - 1)
+    signal = squared - variance / M
     return batch / M * variance / signal if signal > 0.0 else float("inf")

@@ -15,7 +15,7 @@ class CurvatureObservation:
             has been probed once.
         residuals: `(rank,)` fp64, `‖H x − θ x‖` of each pair; a value below its residual is not to be trusted.
         uncertainties: `(rank,)` fp64, standard error of each eigenvalue from the spread of the responses; inf until a
-            direction has been probed for the second time.
+            direction has been probed for the third time.
         sharpness: largest eigenvalue, nan until there is one.
         preconditioned_sharpness: largest eigenvalue of `P^-½ (H + λI) P^-½`, P the metric of the attached optimizer and
             λ the weight decay that it adds to the gradient; nan until it is known, None for an optimizer of unknown

@@ -1,12 +1,30 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
+
+_ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
+"""Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
+
+_MIDDLE = torch.tensor([1.0, 0.5], dtype=torch.float64)
+"""Eigenvalue from a Ritz value and its correction."""
+
+
+class Columns(Protocol):
+    """How processes share rows of N elements: n columns each. A `Topology` is one."""
+
+    def part(self, vector: Tensor) -> Tensor:
+        """The columns held here, `(n,)`, of a vector `(N,)` that all processes have."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sum over the processes of a small fp64 tensor on the CPU."""
+        ...
 
 
 class TrackedSubspace:
@@ -30,8 +48,15 @@ class TrackedSubspace:
     direction with a part of every Ritz vector: so all probes, and all replicas' samples, count towards every pair.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
-    probed q together, its mean square is the variance of a response, `σ² = Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`; as
-    the directions are orthonormal, that of the Ritz value is `f σ²`, where f is left of it by the smoothing.
+    probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
+    of a response and of what it is compared with; as the directions are orthonormal, the variance of the eigenvalue is
+    the fraction of it that the smoothing leaves. Where it does not only scatter, it is larger: a cautious estimate.
+
+    Ritz values of a noisy matrix are too large, as its vectors turn to where the noise adds. The innovation shows by
+    how much: the probe's noise is new to x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
+    curvature along x from the Ritz value θ. That, in turn, is too small, for x is no eigenvector: `θ + c ≤ λ ≤ θ`
+    on average. The eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are. For exact
+    responses of one H, c is zero.
 
     Args:
         order: number of directions, in 1 … N.
@@ -39,6 +64,8 @@ class TrackedSubspace:
         smoothing: weight in (0, 1] of a new response; 1 forgets, and suits a Hessian without noise.
         seed: of the random first directions.
         device: where the directions live, in fp32.
+        columns: processes that follow one space together; each then holds and hands over n columns of every row, where
+            `(…, N)` is written below, and all call the same methods. None for one process with all columns.
 
     Attributes:
         sweeps: how often all directions have been probed.
@@ -52,7 +79,14 @@ class TrackedSubspace:
     """
 
     def __init__(
-        self, order: int, size: int, *, smoothing: float = 0.5, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        order: int,
+        size: int,
+        *,
+        smoothing: float = 0.5,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        columns: Columns | None = None,
     ) -> None:
         if not 1 <= order <= size:
             raise ValueError(f"{order=} must be in [1, {size}], the number of parameters")
@@ -63,12 +97,16 @@ class TrackedSubspace:
         self.sweeps = 0
         self._next = 0
         generator = torch.Generator().manual_seed(seed)
-        self._directions = _orthonormal(torch.randn(order, size, generator=generator).to(device))
+        self._columns = columns
+        rows = (torch.randn(size, generator=generator) for _ in range(order))
+        parts = [row if columns is None else columns.part(row) for row in rows]
+        self._directions = self._orthonormal(torch.stack(parts).to(device))
         self._vectors = torch.zeros_like(self._directions)
         self._responses = torch.zeros_like(self._directions)
         self._values = torch.zeros(order, dtype=torch.float64)
+        self._corrections = torch.zeros(order, dtype=torch.float64)
         self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
-        self._averaged = 1.0
+        self._averaged = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 
     def directions(self, count: int) -> Tensor:
         """Directions to probe next, in turn.
@@ -102,20 +140,23 @@ class TrackedSubspace:
             )
         responses = responses.to(self._directions.dtype)
         count = len(responses)
-        if not bool(torch.isfinite(responses).all()):
+        if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
             raise ValueError("responses must be finite")
         turn = self._turn(count)
         first_sweep = self.sweeps == 0
         modelled = self._responses.clone() if first_sweep else self._model(self._directions)
         innovations = responses - modelled[turn]
+        before = self._vectors
+        if not first_sweep:
+            self._learn(self._directions[turn], innovations)
         modelled[turn] += innovations if first_sweep else self.smoothing * innovations
         self._next += count
         if first_sweep and self._next < self.order:
             self._responses = modelled
             return
-        rotation = self._rayleigh_ritz(modelled)
+        self._rayleigh_ritz(modelled)
         if not first_sweep:
-            self._note_spread(rotation[:, turn], innovations)
+            self._carry_over(before)
         if self._next < self.order:
             return
         self._next = 0
@@ -125,8 +166,8 @@ class TrackedSubspace:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Ritz values, `(order,)` fp64 on the CPU, signed, by magnitude descending; empty in the first sweep."""
-        return self._values[: self.order if self.sweeps else 0].clone()
+        """`(order,)` fp64 on the CPU, signed, Ritz values by magnitude, then corrected; empty in the first sweep."""
+        return (self._values + self._corrections / 2)[: self.order if self.sweeps else 0]
 
     @property
     def eigenvectors(self) -> Tensor:
@@ -135,18 +176,29 @@ class TrackedSubspace:
 
     @property
     def residuals(self) -> Tensor:
-        """`‖H x_i − θ_i x_i‖` of every pair with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
-        values = self.eigenvalues
-        if not values.numel():
-            return values
-        errors = self._responses - values.to(self._vectors)[:, None] * self._vectors
-        lengths: Tensor = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64)
-        return lengths.cpu()
+        """`‖H x_i − θ_i x_i‖` of Ritz pairs with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
+        if not self.sweeps:
+            return self._values[:0].clone()
+        errors = self._responses - self._values.to(self._vectors)[:, None] * self._vectors
+        return self.lengths(errors)
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Lengths of rows.
+
+        Args:
+            rows: `(k, N)`.
+
+        Returns:
+            `(k,)`, fp64 on the CPU, the same in all processes.
+        """
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        return self._total(squares.cpu()).sqrt()
 
     @property
     def uncertainties(self) -> Tensor:
-        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a second probe; see above."""
-        deviations = (self._averaged * self._variances).sqrt()
+        """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a third probe; see above."""
+        left = float(_MIDDLE @ self._averaged @ _MIDDLE)
+        deviations = (left / (1.0 + self._averaged[0, 0]) * self._variances).sqrt()
         return deviations[: self.order if self.sweeps else 0]
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
@@ -162,8 +214,9 @@ class TrackedSubspace:
             The product, of the shape of z, in fp32.
 
         Raises:
-            ValueError: if `bulk` is not finite or the shape of z does not fit.
+            ValueError: if `bulk` is not finite, the shape of z does not fit, or processes share the columns.
         """
+        self._check_alone()
         return low_rank_hvp(self.eigenvalues, self.eigenvectors, z, bulk=bulk)
 
     def inverse_hvp(self, z: Tensor, damping: float, *, bulk: float = 0.0, absolute: bool = False) -> Tensor:
@@ -179,14 +232,20 @@ class TrackedSubspace:
             The product, of the shape of z, in fp32.
 
         Raises:
-            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, or the shape of z does not fit.
+            ValueError: if `bulk + damping` or a `θ_i + damping` is not positive, the shape of z does not fit, or
+                processes share the columns.
         """
+        self._check_alone()
         return damped_inverse_hvp(self.eigenvalues, self.eigenvectors, z, damping, bulk=bulk, absolute=absolute)
+
+    def _check_alone(self) -> None:
+        if self._columns is not None:
+            raise ValueError("products need all columns: CurvatureMonitor.eigenvectors has them in every process")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
         names = ["order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values"]
-        names += ["_variances", "_averaged"]
+        names += ["_variances", "_corrections", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,22 +263,30 @@ class TrackedSubspace:
         self.smoothing, self.sweeps, self._next = state["smoothing"], state["sweeps"], state["next"]
         for name in ("directions", "vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._directions, copy=True))
-        for name in ("values", "variances"):
+        for name in ("values", "variances", "corrections", "averaged"):
             setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
-        self._averaged = state["averaged"]
 
     def _turn(self, count: int) -> list[int]:
         return [(self._next + i) % self.order for i in range(count)]
 
+    def _total(self, sums: Tensor) -> Tensor:
+        return sums if self._columns is None else self._columns.total(sums)
+
+    def _products(self, rows: Tensor, others: Tensor) -> Tensor:
+        return self._total(inner_products(rows, others))
+
     def _model(self, q: Tensor) -> Tensor:
         """`A q` for rows q."""
-        along = q @ self._vectors.T
-        across = q - along @ self._vectors
-        return along @ self._responses + (across @ self._responses.T) @ self._vectors
+        order = self.order
+        products = self._products(q, torch.cat((self._vectors, self._responses)))
+        within = self._products(self._vectors, self._responses)
+        along = products[:, :order].to(q)
+        across = (products[:, order:] - products[:, :order] @ within).to(q)
+        return along @ self._responses + across @ self._vectors
 
-    def _rayleigh_ritz(self, responses: Tensor) -> Tensor:
-        """New pairs from the directions and their responses; the coordinates of the pairs in the directions."""
-        projected = inner_products(self._directions, responses)
+    def _rayleigh_ritz(self, responses: Tensor) -> None:
+        """New pairs from the directions and their responses."""
+        projected = self._products(self._directions, responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T.to(self._directions)
@@ -228,31 +295,53 @@ class TrackedSubspace:
         self._values = values[order]
         self._vectors = rotation @ self._directions
         self._responses = rotation @ responses
-        return rotation
 
-    def _note_spread(self, coordinates: Tensor, innovations: Tensor) -> None:
-        """Variances after a probe, in whose directions the pairs have the coordinates `(order, count)`."""
-        weights = coordinates.double().cpu().square()
-        squares = inner_products(self._vectors, innovations).square()
-        variances = (weights * squares).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        known = torch.isfinite(self._variances)
-        self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
-        renewed = (1.0 - self.smoothing) ** 2 * self._averaged + self.smoothing**2
-        self._averaged += len(innovations) / self.order * (renewed - self._averaged)
+    def _learn(self, directions: Tensor, innovations: Tensor) -> None:
+        """What a probe says about the pairs before it: corrections and variances."""
+        coordinates = self._products(self._vectors, directions)
+        along = self._products(self._vectors, innovations)
+        weights = coordinates.square()
+        seen = weights.sum(dim=1)
+        excess = (coordinates * along).sum(dim=1) - seen.clamp_max(1.0) * self._corrections
+        self._corrections = self._corrections + self.smoothing * excess
+        # The first sweep's model knows what its own responses say along its vectors, whatever H is.
+        if self.sweeps > 1:
+            variances = (weights * along.square()).sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
+            known = torch.isfinite(self._variances)
+            self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
+        # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
+        s = self.smoothing
+        passed_on = torch.tensor([[1.0 - s, 0.0], [-s, 1.0 - s]], dtype=torch.float64)
+        renewed = passed_on @ self._averaged @ passed_on.T + s**2
+        self._averaged = torch.lerp(self._averaged, renewed, len(innovations) / self.order)
+
+    def _carry_over(self, before: Tensor) -> None:
+        """Corrections and variances of the new pairs, from those of the old ones that they are made of."""
+        shares = self._products(self._vectors, before).square()
+        shares /= shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        self._corrections = shares @ self._corrections
+        self._variances = shares @ self._variances
 
     def _turn_basis(self) -> None:
         """Directions of the next sweep: the basis of the responses."""
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
-        longest = float(torch.linalg.vector_norm(self._responses, dim=1).max())
-        basis = _orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
+        longest = float(self.lengths(self._responses).max())
+        basis = self._orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
         self._directions = _cosines(self.order).to(basis) @ basis
 
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis of independent rows, that of Gram and Schmidt: QR leaves the signs to chance."""
-    columns, upper = torch.linalg.qr(rows.T)
-    basis: Tensor = torch.where(upper.diagonal() < 0.0, -1.0, 1.0)[:, None] * columns.T
-    return basis.contiguous()
+    def _orthonormal(self, rows: Tensor) -> Tensor:
+        """Orthonormal basis of independent rows, that of Gram and Schmidt, by Cholesky factors of their Gram matrix."""
+        # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
+        # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
+        for _ in range(_ROUNDS):
+            rows = rows / self.lengths(rows).clamp_min(torch.finfo(rows.dtype).tiny).to(rows)[:, None]
+            gram = self._products(rows, rows)
+            eye = torch.eye(len(gram), dtype=gram.dtype)
+            if float((gram - eye).abs().max()) < _ORTHONORMAL:
+                break
+            lower = torch.linalg.cholesky(gram + _SHIFT * eye)
+            rows = torch.linalg.solve_triangular(lower, eye, upper=False).to(rows) @ rows
+        return rows
 
 
 def _cosines(order: int) -> Tensor:

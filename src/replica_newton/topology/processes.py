@@ -400,6 +400,20 @@ class LocalClosure:
         """M, the number of shards of the batch."""
         return self._topology.replicas
 
+    @property
+    def samples(self) -> int:
+        """Number of samples in the global batch."""
+        return self.replicas * len(self._samples[-1])
+
+    def losses(self) -> list[Callable[[], Tensor]]:
+        """A function that returns the loss of this replica's shard, as the module stands."""
+
+        def loss() -> Tensor:
+            *inputs, targets = self._samples
+            return self._criterion(self._module(*inputs), targets)
+
+        return [loss]
+
     def __call__(self) -> Tensor:
         """Gradient of the shard; buffers (batch-norm statistics) become the mean over replicas."""
         self._topology.align(list(self._module.buffers()))

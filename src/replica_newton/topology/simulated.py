@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 from weakref import WeakSet
 
@@ -363,6 +364,16 @@ class ReplicaClosure:
     def samples(self) -> int:
         """Number of samples in the global batch."""
         return self._size
+
+    def losses(self) -> list[Callable[[], Tensor]]:
+        """Functions that return the loss of one replica's shard each, M of them, as the module stands."""
+
+        def loss(samples: tuple[Tensor, ...]) -> Tensor:
+            *inputs, targets = samples
+            return self._criterion(self._module(*inputs), targets)
+
+        shards = zip(*(rows.chunk(self.replicas) for rows in self._samples), strict=True)
+        return [partial(loss, shard) for shard in shards]
 
     def __call__(self) -> Tensor:
         """Gradient of the whole batch at the module's parameters, left in `.grad`; returns the loss."""

@@ -1,0 +1,107 @@
+"""One probe: the gradient of a loss, and the product of its Hessian with a direction."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from replica_newton.monitor.untouched import untouched
+
+Loss = Callable[[], Tensor]
+
+
+def exact_products(
+    model: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Loss], directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients, and Hessian products by differentiating twice; leaves no trace in the model.
+
+    Kinks (ReLU, max-pooling) contribute nothing, as in every Hessian of autograd.
+
+    Args:
+        model: that the losses evaluate.
+        parameters: of N elements together.
+        losses: k of them.
+        directions: `(k, N)`, one a loss.
+
+    Returns:
+        Gradients and products, `(k, N)` each.
+
+    Raises:
+        RuntimeError: if an operation of the model cannot be differentiated twice.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    gradients, products = [], []
+    with untouched(model), torch.enable_grad():
+        for loss, direction in zip(losses, directions, strict=True):
+            pieces = torch.autograd.grad(loss(), parameters, create_graph=True, materialize_grads=True)
+            along = [q.reshape(piece.shape).to(piece) for q, piece in zip(direction.split(sizes), pieces, strict=True)]
+            curved = [(piece, q) for piece, q in zip(pieces, along, strict=True) if piece.requires_grad]
+            gradients.append(_flat(pieces))
+            products.append(_product(curved, parameters))
+    return torch.stack(gradients), torch.stack(products)
+
+
+def differences(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    losses: Sequence[Loss],
+    directions: Tensor,
+    *,
+    relative_step: float,
+    gradients: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients, and Hessian products from the gradients on the same data a step h away, `(g(w + h q̂) − g(w)) ‖q‖/h`.
+
+    Both gradients of a loss see the same random numbers; nothing leaves a trace in the model.
+
+    Args:
+        model: that the losses evaluate.
+        parameters: of N elements together.
+        losses: k of them.
+        directions: `(k, N)`, one a loss.
+        relative_step: h over `max(‖w‖, 1)`.
+        gradients: `(k, N)` at w; evaluated if None.
+
+    Returns:
+        Gradients and products, `(k, N)` each.
+    """
+    point = _flat(parameters)
+    length = relative_step * max(float(torch.linalg.vector_norm(point)), 1.0)
+    scales = torch.linalg.vector_norm(directions, dim=1, keepdim=True) / length
+    if gradients is None:
+        gradients = _gradients_at(model, parameters, losses, torch.zeros_like(directions))
+    displaced = _gradients_at(model, parameters, losses, directions / scales)
+    return gradients, (displaced - gradients) * scales
+
+
+def _gradients_at(
+    model: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Loss], displacements: Tensor
+) -> Tensor:
+    sizes, rows = [parameter.numel() for parameter in parameters], []
+    with untouched(model):
+        values = [parameter.detach().clone() for parameter in parameters]
+        for loss, displacement in zip(losses, displacements, strict=True):
+            with torch.no_grad():
+                for parameter, value, piece in zip(parameters, values, displacement.split(sizes), strict=True):
+                    parameter.copy_(value + piece.reshape(value.shape))
+            torch.clear_autocast_cache()
+            with torch.enable_grad():
+                rows.append(_flat(torch.autograd.grad(loss(), parameters, materialize_grads=True)))
+    return torch.stack(rows)
+
+
+def _product(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]) -> Tensor:
+    if not curved:  # a loss that is linear in its parameters
+        return torch.zeros_like(_flat(parameters))
+    pieces, along = zip(*curved, strict=True)
+    try:
+        return _flat(torch.autograd.grad(pieces, parameters, along, materialize_grads=True))
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"the model cannot be differentiated twice, relative_step=1e-3 takes differences ({reason})"
+        ) from error
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])

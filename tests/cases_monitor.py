@@ -1,0 +1,69 @@
+"""What each process of a test of the monitor runs."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from reference import generator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from replica_newton import CurvatureMonitor, Simulated, TreeReduction
+
+SAMPLES = 24
+
+
+def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of a batch."""
+    return cross_entropy(module(x), y)
+
+
+def watched_run(
+    rank: int | None, count: int, *, order: int = 4, adam: bool = False, step: float | None = None, plain: bool = False
+) -> dict[str, Any]:
+    """Ten training steps watched by every second call: process `rank` of `count`, or all replicas at once (None)."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
+    build = torch.optim.Adam if adam else torch.optim.SGD
+    optimizer = build(module.parameters(), 0.05)
+    topology = Simulated(count) if rank is None else TreeReduction(timeout=60.0)
+    monitor = CurvatureMonitor(
+        module, optimizer=optimizer, rank=order, every=2, topology=topology, relative_step=step, seed=3
+    )
+    seen = []
+    for i in range(10 * order // count):
+        x = torch.randn(SAMPLES, 5, generator=generator(i))
+        y = torch.randint(3, (SAMPLES,), generator=generator(100 + i))
+        share = slice(None) if rank is None else slice(rank * SAMPLES // count, (rank + 1) * SAMPLES // count)
+        closure = topology.closure(module, cross_entropy, x[share], y[share])
+        optimizer.zero_grad()
+        cross_entropy(module(x), y).backward()  # the same in all processes, as after an all-reduce
+        observation = monitor.observe(partial(loss, module, x[share], y[share]) if plain else closure)
+        if observation is not None:
+            seen.append(observation)
+        optimizer.step()
+    size = sum(p.numel() for p in module.parameters())
+    z = torch.randn(size, generator=generator(7))
+    return {
+        "seen": [vars(one) for one in seen],
+        "eigenvectors": monitor.eigenvectors,
+        "hvp": monitor.hvp(z),
+        "inverse_hvp": monitor.inverse_hvp(z, 1.0, absolute=True),
+        "state": {k: v.numel() for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
+        "size": size,
+    }
+
+
+def not_finite(rank: int, count: int) -> list[str]:
+    """One process has a loss that is not finite: all say so, and go on."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    monitor = CurvatureMonitor(module, rank=2, every=1, topology=TreeReduction(timeout=60.0))
+    said = []
+    for factor in (1.0, float("nan") if rank == count - 1 else 1.0, 1.0):
+        try:
+            monitor.observe(lambda factor=factor: factor * module(torch.ones(4, 3)).square().sum())
+            said.append("seen")
+        except FloatingPointError as error:
+            said.append(str(error))
+    return said

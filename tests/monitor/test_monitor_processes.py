@@ -1,0 +1,68 @@
+"""A monitor over real processes sees what the one over simulated replicas sees."""
+
+from pathlib import Path
+from typing import Any
+
+import cases_monitor
+import pytest
+import torch
+from processes import run_processes
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from replica_newton import CurvatureMonitor, Simulated
+
+
+def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    assert len(one["seen"]) == len(alone["seen"]) > 4
+    for left, right in zip(one["seen"], alone["seen"], strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"gradient_noise_scale"}:
+            torch.testing.assert_close(
+                left[name], right[name], **close, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for name in ("eigenvectors", "hvp", "inverse_hvp"):
+        torch.testing.assert_close(one[name], alone[name], rtol=1e-2, atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(2, {}), (3, {"order": 3, "adam": True}), (2, {"step": 1e-3, "plain": True})],
+    ids=["in-turns", "adam", "differences"],
+)
+def test_processes_see_what_simulated_replicas_see(count: int, options: dict, tmp_path: Path):
+    results = run_processes(tmp_path, count, cases_monitor.watched_run, **options)
+    alone = cases_monitor.watched_run(None, count, **(options | {"plain": False}))
+    for result in results:
+        check_same(result, alone)
+        assert torch.equal(result["eigenvectors"], results[0]["eigenvectors"])
+        scales = [one["gradient_noise_scale"] for one in result["seen"]]
+        if options.get("plain"):  # nobody knows how many samples a loss is of
+            assert set(scales) == {None}
+        else:
+            assert scales == pytest.approx([one["gradient_noise_scale"] for one in alone["seen"]], rel=1e-3)
+
+
+def test_a_process_keeps_its_columns_and_no_more(tmp_path: Path):
+    order, count = 4, 2
+    result, _ = run_processes(tmp_path, count, cases_monitor.watched_run, order=order)
+    columns = -(-result["size"] // count)
+    for name in ("directions", "vectors", "responses"):
+        assert result["state"][name] == order * columns
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_an_error_in_all(tmp_path: Path):
+    for said in run_processes(tmp_path, 2, cases_monitor.not_finite):
+        assert said == ["seen", "gradient at step 1 is not finite: there is no curvature to see", "seen"]
+
+
+def test_a_closure_of_another_topology_is_refused():
+    module, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
+    monitor = CurvatureMonitor(module, every=1, topology=Simulated(2))
+    with pytest.raises(ValueError, match=r"closure evaluates 3 replicas, the monitor's is Simulated\(2\)"):
+        monitor.observe(Simulated(3).closure(module, cross_entropy, x, y))
+    with pytest.raises(TypeError, match=r"Simulated\(2\) needs a closure of topology\.closure"):
+        monitor.observe(lambda: cross_entropy(module(x), y))
+    with pytest.raises(TypeError, match="topology must be Simulated or TreeReduction, got str"):
+        CurvatureMonitor(module, topology="tree")
