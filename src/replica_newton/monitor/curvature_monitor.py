@@ -112,6 +112,8 @@ class CurvatureMonitor:
         self.topology = topology
         self._processes = topology if isinstance(topology, TreeReduction) else None
         self._size = sum(parameter.numel() for parameter in self._parameters)
+        if self._processes is not None:
+            self._processes.lay_out(self._parameters)
         new_space = partial(
             TrackedSubspace,
             rank,
@@ -168,7 +170,8 @@ class CurvatureMonitor:
         vectors = self.subspace.eigenvectors
         if self._processes is None or not len(vectors):
             return vectors
-        return torch.stack([self._processes.whole(row, self._size) for row in vectors])
+        self._processes.lay_out(self._parameters)
+        return torch.stack([self._processes.whole(row) for row in vectors])
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
         """Hessian-vector product on the tracked pairs; see `TrackedSubspace.hvp`; by all processes together."""
@@ -206,6 +209,8 @@ class CurvatureMonitor:
         self.steps = state["steps"]
 
     def _probe(self, step: int, evaluate: Loss | ReplicaClosure | LocalClosure) -> CurvatureObservation:
+        if self._processes is not None:
+            self._processes.lay_out(self._parameters)
         losses, replicas, samples = self._losses(evaluate)
         space, contraction, decay = self._next_space()
         directions = space.directions(replicas)
@@ -253,11 +258,11 @@ class CurvatureMonitor:
         """Rows of the replicas here, from the columns of all rows that are here."""
         if self._processes is None:
             return columns
-        return self._processes.published(torch.zeros_like(columns[0]), columns, self._size)[None]
+        return self._processes.row(columns)[None]
 
     def _columns(self, rows: Tensor) -> Tensor:
         """Columns of all rows that are to be here, from the rows of the replicas here."""
-        return rows if self._processes is None else self._processes.columns(rows)
+        return rows if self._processes is None else self._processes.columns(rows[0])
 
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._processes is None else self._processes.total(sums)

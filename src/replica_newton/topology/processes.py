@@ -202,21 +202,65 @@ class Processes:
             shared: `(n,)` columns of the parameters that all share.
             displacements: `(M, n)` columns.
         """
-        travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
 
-        def arrive() -> None:
-            bucket, wait = travelling.popleft()
-            point = wait().flatten()[: bucket.size]
+        def points(columns: slice) -> Tensor:
+            return shared[columns] + displacements[:, columns]
+
+        for bucket, point in self._arriving(points, "points"):
             if self.is_worker:
                 write(parameters[bucket.parameters], point)
 
+    def row(self, columns: Tensor) -> Tensor:
+        """The row of the local replica, from the columns of all rows.
+
+        Args:
+            columns: `(M, n)`.
+
+        Returns:
+            `(N,)`; called by all processes, each of which must have a replica.
+        """
+        row = columns.new_empty(self._buckets.size)
+        for bucket, piece in self._arriving(lambda held: columns[:, held], "directions"):
+            row[bucket.elements] = piece
+        return row
+
+    def columns(self, row: Tensor) -> Tensor:
+        """The columns that this process holds, from the rows of all replicas.
+
+        Args:
+            row: `(N,)`, that of the local replica; called by all processes, each of which must have one.
+
+        Returns:
+            `(M, n)`; columns beyond N are zero.
+        """
+        started = [
+            self._all.start_exchange(
+                self._buckets.split(bucket, [row[bucket.elements]]),
+                self._workers,
+                self._holders,
+                bucket.width,
+                "responses",
+            )
+            for bucket in self._buckets
+        ]
+        return joined(started, self._buckets).to(row.dtype)
+
+    def _arriving(self, columns: Callable[[slice], Tensor], phase: str) -> Iterator[tuple[Bucket, Tensor]]:
+        """Every bucket of the local replica's row as it arrives, given which columns, `(M, w)`, are held."""
+        travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+
+        def arrived() -> tuple[Bucket, Tensor]:
+            bucket, wait = travelling.popleft()
+            return bucket, wait().flatten()[: bucket.size]
+
         for bucket in self._buckets:
-            points = shared[bucket.columns] + displacements[:, bucket.columns]
-            travelling.append((bucket, self._exchange_points(points.to(self._buckets.dtype), bucket)))
+            sent = columns(bucket.columns).to(self._buckets.dtype)
+            started = self._all.start_exchange(sent, self._holders, self._workers, bucket.width, phase)
+            travelling.append((bucket, started))
             if len(travelling) > _IN_FLIGHT:
-                arrive()
+                yield arrived()
         while travelling:
-            arrive()
+            yield arrived()
 
     def gradients(
         self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data
@@ -258,9 +302,6 @@ class Processes:
 
     def _exchange_gradients(self, rows: Tensor, bucket: Bucket) -> Callable[[], Tensor]:
         return self._for_gradients.start_exchange(rows, self._workers, self._holders, bucket.width, "gradients")
-
-    def _exchange_points(self, columns: Tensor, bucket: Bucket) -> Callable[[], Tensor]:
-        return self._all.start_exchange(columns, self._holders, self._workers, bucket.width, "points")
 
     def part(self, vector: Tensor) -> Tensor:
         """The columns of a vector that this process holds.
