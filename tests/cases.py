@@ -92,8 +92,9 @@ def train(
             assert not math.isfinite(loss)
         else:
             losses.append(loss)
-        # By one alone: what is M-sized must not need the others.
-        if optimizer.curvature is not None and rank in {None, servers}:
+        # By one alone: what is M-sized must not need the others. After a step that is given up, that of the step before
+        # is kept in one process alone.
+        if optimizer.curvature is not None and rank in {None, servers} and step not in poisoned:
             eigenvalues.append(optimizer.curvature.eigenvalues)
         if step % 50 == 7:
             optimizer.synchronise()

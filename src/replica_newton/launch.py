@@ -219,8 +219,12 @@ def run_together(command: Sequence[str], processes: int, *, expendable: Collecti
                 subprocess.Popen(command, stderr=errors[rank], env=os.environ | place, start_new_session=True)  # noqa: S603
             )
         first = _wait(children, expendable)
-        if not any(child.returncode for rank, child in enumerate(children) if rank not in expendable):
-            return Ended(0, 0, "")
+        codes = [child.returncode for child in children]
+        if not any(code for rank, code in enumerate(codes) if rank not in expendable):
+            if not expendable or 0 in [codes[rank] for rank in expendable]:
+                return Ended(0, 0, "")
+            # All left. Those that were told to, after one was killed, say more than that one does.
+            first = max(expendable, key=codes.__getitem__)
         # Processes that leave together, told to, are the same failure: one of them says so.
         same = [first, *(r for r, child in enumerate(children) if child.returncode == children[first].returncode)]
         said = [text for rank in same if (text := _content(errors[rank]))]

@@ -47,8 +47,9 @@ def test_the_first_that_fails_says_why(code: str, expected: tuple[int, int, str]
         ("rank != 2 or os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)", (0, 0, "")),
         ("sys.exit('no data' if rank else time.sleep(0.5) or 'no worker is left')", (1, 1, "no data")),
         ("sys.exit('the server' if rank == 0 else time.sleep(600))", (0, 1, "the server")),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(143 * (rank == 2))", (2, 143, "process 2 ended with status 143")),
     ],
-    ids=["one of them", "all of them", "another"],
+    ids=["one of them", "all of them", "another", "told to"],
 )
 def test_others_go_on_without_those_that_are_expendable(code: str, expected: tuple, monkeypatch) -> None:
     monkeypatch.setattr("replica_newton.launch._GRACE", 1.0)

@@ -250,11 +250,11 @@ def test_fallbacks_count_from_the_start_of_the_run(digits, tmp_path, monkeypatch
 
 def test_finished_run_is_left_as_it_is(digits, tmp_path):
     state, _ = trained(config(epochs=1), digits, tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     recorder = _Recorder()
     train(load_run(tmp_path), digits, tmp_path, recorder)
     assert recorder.steps == recorder.epochs == []
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert state.finished
 
 

@@ -91,12 +91,13 @@ class SharpnessRate(OptimizerTrainer):
     def step(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
         """See `Trainer`."""
         closure = self.topology.closure(self.module, cross_entropy, inputs, targets)
+        before = self.monitor.samples_evaluated
         observation = self.monitor.observe(closure)
         if observation is not None and observation.sharpness > 0.0:
             for group in self.optimizer.param_groups:
                 group["lr"] = min(observation.learning_rate, LARGEST_MEASURED_RATE)
         loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
-        return float(loss), closure.samples_evaluated
+        return float(loss), closure.samples_evaluated + self.monitor.samples_evaluated - before
 
     def state_dict(self) -> dict[str, Any]:
         """See `Trainer`."""
