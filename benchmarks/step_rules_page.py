@@ -1,0 +1,88 @@
+"""The page that `step_rules.py` writes."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from step_rules_tried import Rule
+
+
+@dataclass(frozen=True)
+class Key:
+    """What defines a run."""
+
+    task: str
+    rule: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run reached: final training loss, gradient evaluations, seconds, and the mean length of a step.
+
+    `ratio` is that length in units of the distance to the minimum of the line, on fresh data, over the middle half.
+    """
+
+    key: Key
+    loss: float
+    evaluations: int
+    seconds: float
+    ratio: float | None
+
+
+def best_rate(records: Mapping[Key, Record], task: str, rule: str) -> float | None:
+    """The rate with the least loss at the first seed; a run that diverged counts as infinite."""
+    of_rule = [r for key, r in records.items() if (key.task, key.rule, key.seed) == (task, rule, 0)]
+    return min(of_rule, key=lambda r: r.loss if math.isfinite(r.loss) else math.inf).key.rate if of_rule else None
+
+
+def write_page(records: Mapping[Key, Record], tasks: list[str], rules: Mapping[str, Rule]) -> str:
+    """The page, from all runs."""
+    seen = [task for task in tasks if any(key.task == task for key in records)]
+    lines = [_INTRODUCTION, "| rule | " + " | ".join(seen) + " |", "|---" * (len(seen) + 1) + "|"]
+    lines += [
+        f"| {rule.description} | " + " | ".join(_cell(records, task, name) for task in seen) + " |"
+        for name, rule in rules.items()
+    ]
+    lines += [_RATIOS, "| rule, rate | " + " | ".join(seen) + " |", "|---" * (len(seen) + 1) + "|"]
+    for name in rules:
+        for rate in sorted({key.rate for key in records if key.rule == name}):
+            lines.append(f"| {name}, {rate:g} | " + " | ".join(_pair(records, task, name, rate) for task in seen) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(records: Mapping[Key, Record], task: str, rule: str) -> str:
+    rate = best_rate(records, task, rule)
+    losses = [r.loss for key, r in records.items() if (key.task, key.rule, key.rate) == (task, rule, rate)]
+    if not losses:
+        return "–"
+    if not all(map(math.isfinite, losses)):
+        return f"diverged ({rate:g})"
+    return f"{statistics.median(losses):.4g} ({rate:g}; {min(losses):.3g}–{max(losses):.3g}, {len(losses)})"
+
+
+def _pair(records: Mapping[Key, Record], task: str, rule: str, rate: float) -> str:
+    record = records.get(Key(task, rule, rate, 0))
+    if record is None:
+        return "–"
+    return f"{record.loss:.4g}" + (f" · {record.ratio:.2f}" if record.ratio is not None else "")
+
+
+_INTRODUCTION = """\
+# Rules for the step, side by side
+
+Written by `python benchmarks/step_rules.py --data FOLDER`, from `results/step_rules.jsonl`. Small tasks and short
+budgets: three epochs of 20,480 images (eight at batch 2048, 40 of digits), a cosine of the budget for every rule. The
+tasks are those on which the share of the distance was chosen, so they are no test of it.
+
+Final training loss over the whole training set: median over seeds (rate; least–largest, number of seeds).
+"""
+
+_RATIOS = """
+## Rates, and how long a step is
+
+First seed: final training loss · mean length of a step in units of the distance to the line's minimum, measured on
+batches that the step has not seen, over the middle half of the run: 1 is the minimum, at 2 the loss is what it was.
+"""
