@@ -45,9 +45,7 @@ class Task:
 
 
 def _mlp(_: Dataset) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
 
 def _convnet(activation: Activation) -> Callable[[Dataset], nn.Module]:
@@ -140,7 +138,7 @@ class Trainer:
             loss += float(part_loss.detach()) / shards
         total = torch.stack(self.shards).mean(dim=0)
         for parameter, piece in zip(
-            self.parameters, total.split([p.numel() for p in self.parameters]), strict=True
+            self.parameters, torch.split(total, [p.numel() for p in self.parameters]), strict=True
         ):
             parameter.grad = piece.view_as(parameter)
         return loss
@@ -153,6 +151,9 @@ class Trainer:
         """Slopes down the last step, before and after it, on a batch that it has not seen: a paired probe.
 
         After `backward` on that batch, whose gradients stay; costs one more.
+
+        Returns:
+            Both slopes; None before the first step.
         """
         if self._before is None:
             return None
@@ -213,7 +214,7 @@ def whole_loss(module: nn.Module, data: Dataset) -> float:
     with torch.no_grad():
         losses = [
             float(cross_entropy(module(x), y, reduction="sum"))
-            for x, y in zip(data.train_inputs.split(1024), data.train_labels.split(1024), strict=True)
+            for x, y in zip(torch.split(data.train_inputs, 1024), torch.split(data.train_labels, 1024), strict=True)
         ]
     return sum(losses) / len(data.train_labels)
 
@@ -223,7 +224,6 @@ def _endless(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     while True:
         yield from batches(samples, batch_size, seed, epoch)
         epoch += 1
-
 
 
 if __name__ == "__main__":

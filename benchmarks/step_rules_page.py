@@ -49,7 +49,9 @@ def write_page(records: Mapping[Key, Record], tasks: list[str], rules: Mapping[s
     lines += [_RATIOS, "| rule, rate | " + " | ".join(seen) + " |", "|---" * (len(seen) + 1) + "|"]
     for name in rules:
         for rate in sorted({key.rate for key in records if key.rule == name}):
-            lines.append(f"| {name}, {rate:g} | " + " | ".join(_pair(records, task, name, rate) for task in seen) + " |")
+            lines.append(
+                f"| {name}, {rate:g} | " + " | ".join(_pair(records, task, name, rate) for task in seen) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -120,7 +120,7 @@ class SignalScaled:
 
 
 RULES: dict[str, Rule] = {
-    "metric": Rule("`ReplicaNewton(rule=\"metric\")`, untuned", (SHARE,), _ours("kronecker"), True, True),
+    "metric": Rule('`ReplicaNewton(rule="metric")`, untuned', (SHARE,), _ours("kronecker"), True, True),
     "soap": Rule(
         "SOAP, bases anew every 5 steps, best rate", (0.01, 0.03, 0.1), _peer("SOAP", precondition_frequency=5)
     ),
@@ -129,11 +129,11 @@ RULES: dict[str, Rule] = {
         "SGD, momentum 0.9, best rate", (0.03, 0.1, 0.3, 1.0), lambda w, rate: torch.optim.SGD(w, rate, momentum=0.9)
     ),
     "prodigy": Rule("Prodigy, untuned", (1.0,), _peer("Prodigy")),
-    "share": Rule("as \"metric\", best share of the distance", (0.15, 0.6, 1.2), _ours("kronecker"), False, True),
-    "diagonal": Rule("as \"metric\", diagonal metric", (SHARE,), _ours("diagonal"), True, True, every_seed=False),
-    "identity": Rule("as \"metric\", identity metric", (SHARE,), _ours("identity"), True, True, every_seed=False),
+    "share": Rule('as "metric", best share of the distance', (0.15, 0.6, 1.2), _ours("kronecker"), False, True),
+    "diagonal": Rule('as "metric", diagonal metric', (SHARE,), _ours("diagonal"), True, True, every_seed=False),
+    "identity": Rule('as "metric", identity metric', (SHARE,), _ours("identity"), True, True, every_seed=False),
     "steered": Rule(
-        f"as \"metric\", steered by paired probes every {PROBE_EVERY} steps",
+        f'as "metric", steered by paired probes every {PROBE_EVERY} steps',
         (SHARE,),
         _ours("kronecker"),
         True,
@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
         every_seed=False,
     ),
     "signal": Rule(
-        f"as \"metric\", times the root of the signal fraction, {SHARDS} replicas, twice the share",
+        f'as "metric", times the root of the signal fraction, {SHARDS} replicas, twice the share',
         (2 * SHARE,),
         _ours("kronecker"),
         True,

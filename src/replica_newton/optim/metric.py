@@ -9,8 +9,8 @@ from replica_newton.curvature.gram import working_dtype
 
 MetricName = Literal["identity", "diagonal", "kronecker"]
 
-_FLOOR = 1e-8
-"""Of a coordinate's second moment beside those of its tensor, as lengths: what is below is rounding."""
+_FLOOR = 16.0
+"""A coordinate's root mean square beside that of its whole tensor, in units of rounding: what is below is no more."""
 _LIMIT = 3.0
 
 
@@ -28,8 +28,8 @@ class Metric:
     - `diagonal`: no rotation. This is Adam.
     - `kronecker`: `Q_L` and `Q_R` are the eigenbases of the moving averages of `G Gᵀ` and `Gᵀ G`. This is SOAP.
 
-    A parameter of more dimensions is taken as a matrix of its first dimension and all others; one of fewer than two, and
-    a side longer than `max_dimension`, are not rotated. The basis used at a step has not seen that step's gradient. It
+    A parameter of more dimensions is taken as a matrix of its first and all others; one of fewer than two, and a side
+    longer than `max_dimension`, are not rotated. The basis used at a step has not seen that step's gradient. It
     is an eigendecomposition at first, later one step of orthogonal iteration every `refresh_every` steps.
 
     The first step, of which there is no second moment yet, is the gradient in units of its own length. Moments are kept
@@ -150,5 +150,5 @@ def _unit(state: dict[str, Any], G: Tensor) -> Tensor:
 def _per_root(matrix: Tensor, squares: Tensor) -> Tensor:
     """`X / √V`, cut; zero where V is."""
     roots = squares.sqrt()
-    roots = roots + _FLOOR * torch.linalg.vector_norm(roots) / max(1, roots.numel()) ** 0.5
+    roots = roots + _FLOOR * torch.finfo(roots.dtype).eps * torch.linalg.vector_norm(roots)
     return torch.where(roots > 0, matrix / roots, 0.0).clamp(-_LIMIT, _LIMIT)

@@ -14,7 +14,7 @@ from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Calls, Nonfinite, flat
 from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.optim.metric import Metric, MetricName
-from replica_newton.optim.metric_step import MetricStep
+from replica_newton.optim.metric_step import MetricStep, check_options, evaluated
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
@@ -46,12 +46,19 @@ class ReplicaNewton(Calls):
     local steps the data win, and G is mostly sampling noise. `secant_data="common"` has every replica evaluate a
     second gradient, on one common shard, for the secants alone: two gradients a sample in place of one.
 
+    The rule "metric" takes no curvature from its replicas, and has no rate to tune: a step of unit size in a metric
+    (see `Metric`), times the distance to go (see `DistanceRate`), times lr. It needs the gradient alone, so it takes
+    any closure, or none. What it was measured against, and what it does not do, is in docs/step_rules.md.
+
     Args:
         params: parameters, or groups of them.
-        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group.
-        rule: which inverse the step uses.
+        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group. None is 0.1, or 1
+            for the rule "metric", whose rate is relative.
+        rule: which inverse the step uses, or "metric".
+        metric: coordinates of the rule "metric".
         topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
-            `Simulated(1)`, the default, has no curvature: plain SGD.
+            `Simulated(1)`, the default, has no curvature: plain SGD. The rule "metric" needs its replicas in one
+            process.
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
@@ -111,7 +118,7 @@ class ReplicaNewton(Calls):
         topology = Simulated(1) if topology is None else topology
         self.metric_step = MetricStep(Metric(metric)) if rule == "metric" else None
         if self.metric_step is not None:
-            _check_metric_options(topology, spread, secant_data, damping, max_norm)
+            check_options(topology, spread=spread, secant_data=secant_data, damping=damping, max_norm=max_norm)
         self.spread = LocalStep() if spread is None else spread
         if topology.distributed and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
@@ -158,8 +165,8 @@ class ReplicaNewton(Calls):
         Args:
             closure: made by `topology.closure(module, criterion, inputs, targets)`: it evaluates the replicas. Over
                 several processes any closure does that calls `backward` on the loss of this process's batch, as long
-                as secants come from own data. None takes the SGD step with the gradients at hand; the replicas keep
-                their displacements.
+                as secants come from own data; so it does for the rule "metric". None takes the SGD step with the
+                gradients at hand, and the replicas keep their displacements; for the rule "metric" it is a step as any.
 
         Returns:
             The loss, mean over replicas; None without a closure.
@@ -211,7 +218,7 @@ class ReplicaNewton(Calls):
         self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
     ) -> None:
         """A step of the rule "metric", on the gradient of a closure or on what is in `.grad`."""
-        gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
+        gradients: list[Tensor | None]
         if isinstance(closure, ReplicaClosure):
             evaluation = self._evaluate(closure, parameters, self._displacements(parameters), "own")
             evaluation.report.settle()
@@ -220,17 +227,12 @@ class ReplicaNewton(Calls):
             gradients = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
         else:
             if closure is not None:
-                with torch.enable_grad():
-                    loss = closure().detach()
-                if not bool(loss.isfinite()):
-                    raise FloatingPointError(f"loss is not finite ({float(loss)})")
-                self._outcome = loss
+                self._outcome = evaluated(closure)
             signs = {id(p): -1 if group["maximize"] else 1 for group in self.param_groups for p in group["params"]}
             gradients = [None if p.grad is None else signs[id(p)] * p.grad for p in parameters]
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        moved = [(p, g, rates[id(p)], self.state[p]) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        if moved:
-            metric_step.take(*zip(*moved, strict=True))
+        given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        metric_step.take([(p, g, rates[id(p)], self.state[p]) for p, g in given])
         self.topology.prepared(stepped=True)
         self._settled()
 
@@ -254,7 +256,7 @@ class ReplicaNewton(Calls):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for parameter, index in zip(parameters, indices, strict=True):
             saved = state_dict["state"].get(index, {})
-            for name in {"displacements", "shared", *Metric.STATE} & saved.keys():
+            for name in {"displacements", "shared", *MetricStep.STATE} & saved.keys():
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
         # States of before version 0.1 have none.
         counts = state_dict.get("counts", {})
@@ -403,22 +405,6 @@ def _check_group(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
-
-
-def _check_metric_options(
-    topology: Topology, spread: Spread | None, secant_data: Data, damping: float, max_norm: float | None
-) -> None:
-    """The rule "metric" takes no secants, so options of theirs would be dead ones."""
-    if topology.distributed:
-        raise ValueError(f"rule='metric' needs its replicas in one process, got {topology!r}")
-    for name, value, only in (
-        ("spread", spread, None),
-        ("secant_data", secant_data, "own"),
-        ("damping", damping, 0.0),
-        ("max_norm", max_norm, None),
-    ):
-        if value != only:
-            raise ValueError(f"{name}={value!r} has no meaning for rule='metric'")
 
 
 def _clipping(norm: float, max_norm: float) -> float:
