@@ -57,6 +57,7 @@ TASKS = {
     "mnist-relu": Task("mnist", _convnet("relu"), 20480, 256, 3),
     "mnist-tanh": Task("mnist", _convnet("tanh"), 20480, 256, 3),
     "cifar10-relu": Task("cifar10", _convnet("relu"), 20480, 256, 3),
+    "mnist-relu-long": Task("mnist", _convnet("relu"), 60000, 256, 5),
     "cifar10-relu-2048": Task("cifar10", _convnet("relu"), 20480, 2048, 8),
 }
 
@@ -103,17 +104,17 @@ def read() -> dict[Key, Record]:
     return {record.key: record for record in records}
 
 
-_LOADED: dict[str, Dataset] = {}
+_LOADED: dict[tuple[str, int], Dataset] = {}
 
 
 def data_of(task: str, folder: Path | None) -> Dataset:
     """The data set of a task; a process keeps the last one."""
     name, limit = TASKS[task].data, TASKS[task].limit
-    if name not in _LOADED:
+    if (name, limit) not in _LOADED:
         _LOADED.clear()
         path = folder if name != "digits" else None
-        _LOADED[name] = load_dataset(name, path, train_limit=limit)
-    return _LOADED[name]
+        _LOADED[name, limit] = load_dataset(name, path, train_limit=limit)
+    return _LOADED[name, limit]
 
 
 class Trainer:

@@ -76,8 +76,8 @@ _INTRODUCTION = """\
 # Rules for the step, side by side
 
 Written by `python benchmarks/step_rules.py --data FOLDER`, from `results/step_rules.jsonl`. Small tasks and short
-budgets in gradient evaluations, probes included: three epochs of 20,480 images (eight at batch 2048, 40 of digits). The
-rate of every rule but Prodigy's own estimate falls along half a cosine of the budget.
+budgets in gradient evaluations, probes included: three epochs of 20,480 images (eight at batch 2048, 40 of digits; five
+of 60,000 where it is "long"). The rate of every rule falls along half a cosine of the budget.
 
 The rule is `ReplicaNewton(parameters, rule="metric")`: momentum and second moments in the eigenbasis of a Kronecker
 metric (SOAP's), times a rate that nobody gives: 0.3 of the root mean square of the first weights, warmed up over 20
@@ -88,7 +88,8 @@ what it gains over SOAP is that no rate was chosen.
 
 The 0.3 was chosen on these tasks, in runs that were partly longer, so they are no test of it. It is a compromise: the
 best share of the distance falls with the length of training and rises with the batch, which the rule does not see. At
-batch 2048 tuned SOAP is ahead, and on all tasks a larger share would have been better at these short budgets. A network that begins a thousand times too small takes some hundred steps to grow.
+batch 2048 tuned SOAP is ahead, and on all tasks a larger share would have been better at these short budgets. A
+network that begins a thousand times too small takes hundreds of steps to grow.
 
 Replicas must live in one process. Over processes, the diagonal and identity metrics work on any columns and need two
 sums more a step; the Kronecker metric works on whole matrices, so its factors have to be dealt out by parameter rather
@@ -105,5 +106,5 @@ _RATIOS = """
 First seed: final training loss · mean length of a step in units of the distance to the line's minimum, measured on
 batches that the step has not seen, over the middle half of the run: 1 is the minimum, at 2 the loss is what it was. The
 best rates of all methods stand between about 0.5 and a few units. Where slopes are mostly noise the quotient means
-little, and a rate steered by it wanders: as a lower limit it is useful, as a target it was not.
+little. As a lower limit it is useful; as a target ("steered", above) it was not.
 """
