@@ -88,8 +88,8 @@ what it gains over SOAP is that no rate was chosen.
 
 The 0.3 was chosen on these tasks, in runs that were partly longer, so they are no test of it. It is a compromise: the
 best share of the distance falls with the length of training and rises with the batch, which the rule does not see. At
-batch 2048 tuned SOAP is ahead, and on all tasks a larger share would have been better at these short budgets. A
-network that begins a thousand times too small takes hundreds of steps to grow.
+batch 2048 tuned SOAP is ahead; a larger share would have been better at all short budgets, a smaller one at the long
+one. A network that begins a thousand times too small takes hundreds of steps to grow.
 
 Replicas must live in one process. Over processes, the diagonal and identity metrics work on any columns and need two
 sums more a step; the Kronecker metric works on whole matrices, so its factors have to be dealt out by parameter rather
