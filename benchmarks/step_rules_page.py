@@ -84,11 +84,12 @@ metric (SOAP's), times a rate that nobody gives: 0.3 of the root mean square of 
 steps, raised where slopes along past steps show that steps are far too short (`optim/rate.py`). It needs no gradient
 beside the step's own. **Its replicas bring no curvature to it.**
 
-What the table can and cannot say: the row "best share" is the same step with its share chosen as peers' rates are. It is
-the fair measure of what not tuning costs. SOAP is another implementation (pytorch-optimizer's) without the warm-up, so
-the difference from it is not the rate's alone. "Steered" and "signal" are one setting each, at one seed: that one is not
-ahead shows that it is no easy gain, not that the idea is wrong. "Signal" takes twice the share, so it is to be compared
-with "share" at 0.6 in the second table. The growth of the distance has not been switched off by itself.
+What the table can and cannot say: the row "best share" is the same step with its share chosen as peers' rates are,
+which is the fair measure of what not tuning costs. SOAP is another implementation (pytorch-optimizer's) without the
+warm-up, so the difference from it is not the rate's alone. "Steered" and "signal" are one setting each, at one seed:
+that one is not ahead shows that it is no easy gain, not that the idea is wrong. "Signal" takes twice the share, so it
+is to be compared with "share" at 0.6 in the second table. The growth of the distance has not been switched off by
+itself.
 
 The 0.3 was chosen on these tasks, in runs that were partly longer, so they are no test of it. It is a compromise: the
 best share of the distance falls with the length of training and rises with the batch, which the rule does not see. At
