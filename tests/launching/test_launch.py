@@ -47,7 +47,10 @@ def test_the_first_that_fails_says_why(code: str, expected: tuple[int, int, str]
         ("rank != 2 or os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)", (0, 0, "")),
         ("sys.exit('no data' if rank else time.sleep(0.5) or 'no worker is left')", (1, 1, "no data")),
         ("sys.exit('the server' if rank == 0 else time.sleep(600))", (0, 1, "the server")),
-        ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(143 * (rank == 2))", (2, 143, "process 2 ended with status 143")),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(143 * (rank == 2))",
+            (2, 143, "process 2 ended with status 143"),
+        ),
     ],
     ids=["one of them", "all of them", "another", "told to"],
 )

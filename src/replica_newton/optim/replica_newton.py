@@ -14,14 +14,16 @@ from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Calls, Nonfinite, flat
 from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import Evaluation, Report
+from replica_newton.optim.metric import Metric, MetricName
+from replica_newton.optim.metric_step import MetricStep, check_options, evaluated
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
-from replica_newton.topology.simulated import Data
+from replica_newton.topology.simulated import Data, ReplicaClosure
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["paper", "saddle-free"]
+Rule = Literal["paper", "saddle-free", "metric"]
 
 
 class ReplicaNewton(Calls):
@@ -45,12 +47,19 @@ class ReplicaNewton(Calls):
     local steps the data win, and G is mostly sampling noise. `secant_data="common"` has every replica evaluate a
     second gradient, on one common shard, for the secants alone: two gradients a sample in place of one.
 
+    The rule "metric" takes no curvature from its replicas, and has no rate to tune: a step of unit size in a metric
+    (see `Metric`), times the distance to go (see `DistanceRate`), times lr. It needs the gradient alone, so it takes
+    any closure, or none. What it was measured against, and what it does not do, is in docs/step_rules.md.
+
     Args:
         params: parameters, or groups of them.
-        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group.
-        rule: which inverse the step uses.
+        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group. None is 0.1, or 1
+            for the rule "metric", whose rate is relative.
+        rule: which inverse the step uses, or "metric".
+        metric: coordinates of the rule "metric".
         topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
-            `Simulated(1)`, the default, has no curvature: plain SGD.
+            `Simulated(1)`, the default, has no curvature: plain SGD. The rule "metric" needs its replicas in one
+            process.
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
@@ -80,9 +89,10 @@ class ReplicaNewton(Calls):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | None = None,
         *,
         rule: Rule = "paper",
+        metric: MetricName = "kronecker",
         topology: Topology | None = None,
         spread: Spread | None = None,
         secant_data: Data = "own",
@@ -92,6 +102,7 @@ class ReplicaNewton(Calls):
         maximize: bool = False,
         nonfinite: Nonfinite = "stop",
     ) -> None:
+        lr = (1.0 if rule == "metric" else 0.1) if lr is None else lr
         if not 0.0 <= float(lr) < float("inf"):
             raise ValueError(f"{lr=} must be finite and >= 0")
         if rule not in get_args(Rule):
@@ -106,6 +117,9 @@ class ReplicaNewton(Calls):
             raise ValueError(f"{max_norm=} must be positive and finite")
         self.rule = rule
         topology = Simulated(1) if topology is None else topology
+        self.metric_step = MetricStep(Metric(metric)) if rule == "metric" else None
+        if self.metric_step is not None:
+            check_options(topology, spread=spread, secant_data=secant_data, damping=damping, max_norm=max_norm)
         self.spread = LocalStep() if spread is None else spread
         if topology.distributed and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
@@ -116,11 +130,11 @@ class ReplicaNewton(Calls):
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
         super().__init__(params, {"lr": lr, "maximize": maximize}, topology, nonfinite)
-        if self.topology.replicas == 1:
+        if self.topology.replicas == 1 and self.metric_step is None:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "spread", "secant_data", "damping", "rtol", "max_norm")
+        own = ("rule", "metric_step", "spread", "secant_data", "damping", "rtol", "max_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,8 +166,8 @@ class ReplicaNewton(Calls):
         Args:
             closure: made by `topology.closure(module, criterion, inputs, targets)`: it evaluates the replicas. Over
                 several processes any closure does that calls `backward` on the loss of this process's batch, as long
-                as secants come from own data. None takes the SGD step with the gradients at hand; the replicas keep
-                their displacements.
+                as secants come from own data; so it does for the rule "metric". None takes the SGD step with the
+                gradients at hand, and the replicas keep their displacements; for the rule "metric" it is a step as any.
 
         Returns:
             The loss, mean over replicas; nan for a step that is skipped, None without a closure.
@@ -166,7 +180,7 @@ class ReplicaNewton(Calls):
             FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step. Raised
                 by all processes.
         """
-        if closure is None and not self.topology.distributed:
+        if closure is None and not self.topology.distributed and self.metric_step is None:
             self._step_on_given_gradients()
             self.topology.prepared(stepped=True)
             return None
@@ -176,6 +190,9 @@ class ReplicaNewton(Calls):
         parameters = self._trained()
         if not parameters:
             raise ValueError("no parameter of the optimizer requires a gradient")
+        if self.metric_step is not None:
+            self._take_metric_step(self.metric_step, closure, parameters)
+            return
         if self.topology.distributed:
             self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
@@ -198,9 +215,34 @@ class ReplicaNewton(Calls):
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
 
+    def _take_metric_step(
+        self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
+    ) -> None:
+        """A step of the rule "metric", on the gradient of a closure or on what is in `.grad`."""
+        gradients: list[Tensor | None]
+        if isinstance(closure, ReplicaClosure):
+            evaluation = self._evaluate(closure, parameters, self._displacements(parameters), "own")
+            evaluation.report.settle()
+            self._outcome = evaluation.report.losses.mean().to(parameters[0])
+            pieces = torch.split(evaluation.mean, [p.numel() for p in parameters])
+            gradients = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+        else:
+            if closure is not None:
+                self._outcome = evaluated(closure)
+            signs = {id(p): -1 if group["maximize"] else 1 for group in self.param_groups for p in group["params"]}
+            gradients = [None if p.grad is None else signs[id(p)] * p.grad for p in parameters]
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        metric_step.take([(p, g, rates[id(p)], self.state[p]) for p, g in given])
+        self.topology.prepared(stepped=True)
+        self._settled()
+
     def state_dict(self) -> dict[str, Any]:
         """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
-        return super().state_dict() | {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
+        own: dict[str, Any] = {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
+        if self.metric_step is not None:
+            own["rate"] = self.metric_step.rate.state_dict()
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; displacements keep their precision where parameters have less.
@@ -215,12 +257,14 @@ class ReplicaNewton(Calls):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for parameter, index in zip(parameters, indices, strict=True):
             saved = state_dict["state"].get(index, {})
-            for name in {"displacements", "shared"} & saved.keys():
+            for name in {"displacements", "shared", *MetricStep.STATE} & saved.keys():
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
         # States of before version 0.1 have none.
         counts = state_dict.get("counts", {})
         self.fallbacks, self.skipped = counts.get("fallbacks", 0), counts.get("skipped", 0)
         self._together = True
+        if self.metric_step is not None and "rate" in state_dict:
+            self.metric_step.rate.load_state_dict(state_dict["rate"])
 
     def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""

@@ -1,0 +1,156 @@
+"""The rules that `step_rules.py` compares: the untuned step, what was tried beside it, and peers."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from replica_newton import ReplicaNewton
+from replica_newton.optim.metric import MetricName
+from replica_newton.optim.rate import SHARE, DistanceRate
+
+PROBE_EVERY = 10
+SHARDS = 8
+TARGET = 1.5
+
+
+class Measures(Protocol):
+    """What a rule may ask of the trainer."""
+
+    shards: list[Tensor]
+
+    def slopes(self, indices: Tensor, *, counted: bool) -> tuple[float, float] | None:
+        """Slopes down the last step, before and after it, on this batch."""
+        ...
+
+
+Adapt = Callable[[Measures, int, Tensor, float], float]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to step.
+
+    Attributes:
+        description: in a few words.
+        rates: that are tried; of the untuned ones the share of the distance, which is no option of the optimizer.
+        make: optimizer of (parameters, rate).
+        untuned: whether only the first rate counts.
+        relative: whether the optimizer's lr is 1 whatever the rate.
+        adapt: makes what multiplies the rate at every step.
+        probes: whether `adapt` spends gradients.
+        shards: parts of the batch whose gradients are kept.
+        scheduled: whether the rate falls.
+        every_seed: whether it is worth all seeds.
+    """
+
+    description: str
+    rates: tuple[float, ...]
+    make: Callable[[Iterable[nn.Parameter], float], Optimizer]
+    untuned: bool = False
+    relative: bool = False
+    adapt: Callable[[], Adapt] | None = None
+    probes: bool = False
+    shards: int = 1
+    scheduled: bool = True
+    every_seed: bool = True
+
+
+def _ours(metric: MetricName) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
+    def make(parameters: Iterable[nn.Parameter], share: float) -> Optimizer:
+        optimizer = ReplicaNewton(parameters, rule="metric", metric=metric)
+        if optimizer.metric_step is not None:
+            optimizer.metric_step.rate = DistanceRate(share=share)
+        return optimizer
+
+    return make
+
+
+def _peer(name: str, **options: Any) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
+    def make(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
+        import pytorch_optimizer
+
+        optimizer: Optimizer = getattr(pytorch_optimizer, name)(parameters, lr=rate, weight_decay=0.0, **options)
+        return optimizer
+
+    return make
+
+
+class Steered:
+    """Rate steered by paired probes on fresh data, so that a step is `TARGET` times as long as the line's minimum.
+
+    Down the last step the slope falls from a to b, so the minimum of the parabola is at a/(a − b) of it.
+    """
+
+    def __init__(self) -> None:
+        self.log, self.before, self.after = 0.0, 0.0, 0.0
+
+    def __call__(self, measures: Measures, step: int, indices: Tensor, factor: float) -> float:
+        """See `Rule`."""
+        if step >= 2 * PROBE_EVERY and step % PROBE_EVERY == 0:
+            pair = measures.slopes(indices, counted=True)
+            if pair is not None and pair[0] != 0.0:
+                scale = abs(pair[0]) + abs(pair[1])
+                self.before = 0.8 * self.before + 0.2 * pair[0] / scale
+                self.after = 0.8 * self.after + 0.2 * pair[1] / scale
+                wanted = (1.0 - TARGET * factor) * self.before
+                self.log += 0.2 * math.tanh(2.0 * (self.after - wanted))
+                self.log = max(-2.0, min(2.0, self.log))
+        return math.exp(self.log)
+
+
+class SignalScaled:
+    """Rate times the root of the signal's share in the squared mean gradient, from the spread over replicas."""
+
+    def __init__(self) -> None:
+        self.noise, self.square = 0.0, 0.0
+
+    def __call__(self, measures: Measures, step: int, indices: Tensor, factor: float) -> float:  # noqa: ARG002
+        """See `Rule`."""
+        rows = torch.stack(measures.shards)
+        mean = rows.mean(dim=0)
+        noise = float((rows - mean).square().sum()) / (len(rows) * (len(rows) - 1))
+        self.noise = 0.9 * self.noise + 0.1 * noise
+        self.square = 0.9 * self.square + 0.1 * float(mean.square().sum())
+        return max(1e-3, 1.0 - self.noise / self.square) ** 0.5 if self.square else 1.0
+
+
+RULES: dict[str, Rule] = {
+    "metric": Rule('`ReplicaNewton(rule="metric")`, untuned', (SHARE,), _ours("kronecker"), True, True),
+    "soap": Rule(
+        "SOAP, bases anew every 5 steps, best rate", (0.01, 0.03, 0.1), _peer("SOAP", precondition_frequency=5)
+    ),
+    "adam": Rule("Adam, best rate", (0.003, 0.01, 0.03), torch.optim.Adam),
+    "momentum": Rule(
+        "SGD, momentum 0.9, best rate", (0.03, 0.1, 0.3, 1.0), lambda w, rate: torch.optim.SGD(w, rate, momentum=0.9)
+    ),
+    "prodigy": Rule("Prodigy, untuned", (1.0,), _peer("Prodigy")),
+    "share": Rule('as "metric", best share of the distance', (0.15, 0.6, 1.2), _ours("kronecker"), False, True),
+    "diagonal": Rule('as "metric", diagonal metric', (SHARE,), _ours("diagonal"), True, True, every_seed=False),
+    "identity": Rule('as "metric", identity metric', (SHARE,), _ours("identity"), True, True, every_seed=False),
+    "steered": Rule(
+        f'as "metric", steered by paired probes every {PROBE_EVERY} steps',
+        (SHARE,),
+        _ours("kronecker"),
+        True,
+        True,
+        Steered,
+        True,
+        every_seed=False,
+    ),
+    "signal": Rule(
+        f'as "metric", times the root of the signal fraction, {SHARDS} replicas, twice the share',
+        (2 * SHARE,),
+        _ours("kronecker"),
+        True,
+        True,
+        SignalScaled,
+        shards=SHARDS,
+        every_seed=False,
+    ),
+}
+"""Their order is that of the table."""

@@ -1,0 +1,154 @@
+"""Metric: the coordinates in which a step is taken, and the unit of length along each."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from replica_newton.curvature.gram import working_dtype
+
+MetricName = Literal["identity", "diagonal", "kronecker"]
+
+_FLOOR = 16.0
+"""A coordinate's root mean square beside that of its whole tensor, in units of rounding: what is below is no more."""
+_LIMIT = 3.0
+
+
+class Metric:
+    """Turns gradients into steps of unit size, whatever the scale of loss and parameters.
+
+    For a parameter of shape `(a, b)` with gradients G_t the step is
+
+        U_t = Q_L (Q_Lᵀ Ḡ_t Q_R / √V_t) Q_Rᵀ,
+
+    where Ḡ is the moving average of gradients (β₁) and V that of the squares of `Q_Lᵀ G Q_R` (β₂), both without bias,
+    and the division is element by element. The metric says what Q and V are:
+
+    - `identity`: no rotation, and the mean of V over the tensor in place of V: the averaged gradient, of unit scale.
+    - `diagonal`: no rotation. This is Adam.
+    - `kronecker`: `Q_L` and `Q_R` are the eigenbases of the moving averages of `G Gᵀ` and `Gᵀ G`. This is SOAP.
+
+    A parameter of more dimensions is taken as a matrix of its first and all others; one of fewer than two, and a side
+    longer than `max_dimension`, are not rotated. The basis used at a step has not seen that step's gradient. It
+    is an eigendecomposition at first, later one step of orthogonal iteration every `refresh_every` steps.
+
+    The first step, of which there is no second moment yet, is the gradient in units of its own length. Moments are kept
+    in units of the first gradient that is not zero, so that no scale of the loss over- or underflows. Without rotation
+    and with β₁ = β₂ no element exceeds 1; where a basis has just turned one can, and is cut at 3.
+
+    The state of a parameter is a dictionary of tensors that the caller keeps. It belongs to whole parameters; of the
+    three metrics only the first two can be computed on any columns of them.
+
+    Args:
+        name: which metric.
+        momentum: β₁, in [0, 1).
+        decay: β₂ of second moments and factors, in [0, 1).
+        refresh_every: steps from one basis to the next, >= 1.
+        max_dimension: longest side that is rotated.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source:
+        Kingma and Ba (2015), arXiv 1412.6980; Vyas et al. (2025), arXiv 2409.11321, algorithm 3.
+    """
+
+    STATE = ("unit", "momentum", "second_moment", "left", "right", "left_basis", "right_basis")
+    """What the state of a parameter may hold, beside the number of its steps."""
+
+    def __init__(
+        self,
+        name: MetricName = "kronecker",
+        *,
+        momentum: float = 0.95,
+        decay: float = 0.95,
+        refresh_every: int = 5,
+        max_dimension: int = 1024,
+    ) -> None:
+        if name not in get_args(MetricName):
+            raise ValueError(f"metric={name!r} must be one of {', '.join(get_args(MetricName))}")
+        for option, value in (("momentum", momentum), ("decay", decay)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{option}={value} must be in [0, 1)")
+        for option, value in (("refresh_every", refresh_every), ("max_dimension", max_dimension)):
+            if not value >= 1:
+                raise ValueError(f"{option}={value} must be >= 1")
+        self.name = name
+        self.momentum = momentum
+        self.decay = decay
+        self.refresh_every = refresh_every
+        self.max_dimension = max_dimension
+
+    def unit_step(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
+        """The step, and the state after it.
+
+        Args:
+            state: of the parameter, changed; empty before the first step.
+            gradient: of the parameter, finite.
+
+        Returns:
+            U, of the gradient's shape, in fp32 (fp64 for an fp64 gradient). Elements are of the order of one and
+            shrink as gradients disagree.
+        """
+        shape = gradient.shape
+        G = gradient.to(working_dtype(gradient)).reshape(shape[0] if len(shape) > 1 and shape[0] else 1, -1)
+        step = state["step"] = state.get("step", 0) + 1
+        G = G / _unit(state, G)
+        if step == 1:
+            unit = _per_root(G, G.square().mean())
+        else:
+            mean = _averaged(state, "momentum", G, self.momentum) / (1.0 - self.momentum ** (step - 1))
+            Z = _rotated(state, G)
+            V = _averaged(state, "second_moment", Z.square(), self.decay)
+            V = V / (1.0 - self.decay ** (step - 1))
+            if self.name == "identity":
+                V = V.mean()
+            unit = _rotated(state, _per_root(_rotated(state, mean), V), back=True)
+        if self.name == "kronecker" and len(shape) > 1 and G.numel():
+            self._turn(state, G, step)
+        return unit.reshape(shape)
+
+    def _turn(self, state: dict[str, Any], G: Tensor, step: int) -> None:
+        """Take a gradient into the factors, and turn the bases if it is time."""
+        for side, matrix in (("left", G), ("right", G.T)):
+            if not 1 < len(matrix) <= self.max_dimension:
+                continue
+            factor = _averaged(state, side, matrix @ matrix.T, self.decay)
+            basis = state.get(f"{side}_basis")
+            if basis is None:
+                state[f"{side}_basis"] = torch.linalg.eigh(factor).eigenvectors.flip(1).contiguous()
+            elif step % self.refresh_every == 0:
+                state[f"{side}_basis"] = torch.linalg.qr(factor @ basis).Q
+
+
+def _averaged(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
+    """The moving average after one more value."""
+    if name not in state:
+        state[name] = torch.zeros_like(value)
+    average: Tensor = state[name]
+    return average.lerp_(value.to(average), 1.0 - decay)
+
+
+def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Tensor:
+    """`Q_Lᵀ X Q_R`, or `Q_L X Q_Rᵀ` back."""
+    left, right = state.get("left_basis"), state.get("right_basis")
+    if left is not None:
+        matrix = (left if back else left.T) @ matrix
+    if right is not None:
+        matrix = matrix @ (right.T if back else right)
+    return matrix
+
+
+def _unit(state: dict[str, Any], G: Tensor) -> Tensor:
+    """Largest element of the first gradient that is not zero; one until there is one."""
+    largest = G.abs().max() if G.numel() else G.new_ones(())
+    before = state.get("unit", torch.zeros_like(largest)).to(largest)
+    state["unit"] = torch.where(before > 0, before, largest)
+    return torch.where(state["unit"] > 0, state["unit"], 1.0)
+
+
+def _per_root(matrix: Tensor, squares: Tensor) -> Tensor:
+    """`X / √V`, cut; zero where V is."""
+    roots = squares.sqrt()
+    roots = roots + _FLOOR * torch.finfo(roots.dtype).eps * torch.linalg.vector_norm(roots)
+    return torch.where(roots > 0, matrix / roots, 0.0).clamp(-_LIMIT, _LIMIT)

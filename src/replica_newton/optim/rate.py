@@ -1,0 +1,121 @@
+"""DistanceRate: a learning rate from how far the weights have to go, with nothing to tune."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARE = 0.3
+"""Of the distance, that one step of unit size covers. By experiment: see docs/step_rules.md."""
+_ALL_ZERO = 0.01
+"""Distance where all weights are zero at first, in their own unit: it grows from there."""
+_GROWTH = 1.05
+_STRAIGHT = 0.2
+_SIGNIFICANT = 0.6
+_MEMORY = 0.9
+
+
+class DistanceRate:
+    """Learning rate for steps of unit size, such as those of `Metric`.
+
+        η_t = share · D_t · min(1, t/warm_up),      D_1 = ‖w_1‖/√N.
+
+    D is an estimate of how far each weight will move: about as far as weights are long when they are drawn, which is
+    what every usual initialisation is made for. Multiply all weights by c (and let the loss read w/c), and the rate is
+    multiplied by c; multiply the loss by c, and nothing changes.
+
+    Weights that begin at zero or too small are found out by their curvature: along a step that is far too short, the
+    slope hardly changes. The slope along each step is measured on the next two gradients, before and after the step
+    that follows, neither of which the step has seen. While a step takes away less than a fifth of the slope (of lr
+    times as much at a relative rate lr), D grows by 5 % a step, up to the weights' present size `‖w_t‖/√N`. Slopes are
+    averaged over about ten steps, and where they are no more than noise, D stays.
+
+    Args:
+        share: the part of D that a step covers; > 0.
+        warm_up: steps until the rate is whole, >= 1; averages over gradients are not to be trusted before.
+
+    Attributes:
+        distance: D, None before the first step.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source:
+        The distance to go as the unit of a rate: Ivgi, Hinder and Carmon (2023), arXiv 2302.12022; weights' own size in
+        its place: You et al. (2020), arXiv 1904.00962, layer by layer and at every step; slopes of one batch along the
+        step of another: Baydin et al. (2018), arXiv 1703.04782.
+    """
+
+    def __init__(self, *, share: float = SHARE, warm_up: int = 20) -> None:
+        if not 0.0 < share < float("inf"):
+            raise ValueError(f"{share=} must be positive and finite")
+        if not warm_up >= 1:
+            raise ValueError(f"{warm_up=} must be >= 1")
+        self.share = share
+        self.warm_up = warm_up
+        self.distance: float | None = None
+        self._steps = 0
+        self._before, self._kept, self._square, self._last = 0.0, 0.0, 0.0, 0.0
+
+    def __call__(self, parameters: Sequence[Tensor]) -> float:
+        """The rate of the next step.
+
+        Args:
+            parameters: all that is trained, before the step.
+
+        Returns:
+            η.
+        """
+        self._steps += 1
+        size = _size(parameters)
+        if self.distance is None:
+            self.distance = size or _ALL_ZERO
+        elif self._straight:
+            self.distance = max(self.distance, min(_GROWTH * self.distance, size))
+        return self.share * self.distance * min(1.0, self._steps / self.warm_up)
+
+    def observe(self, before: float, after: float, relative: float = 1.0) -> None:
+        """Take in slopes at the present parameters; call it before the step, from the third on.
+
+        Args:
+            before: slope down the last step, per unit of length.
+            after: slope down the step before that, per unit of length.
+            relative: lr.
+        """
+        if self._steps < self.warm_up:
+            return
+        # Above zero if less than the given part of the slope is gone.
+        kept = after - (1.0 - _STRAIGHT * relative) * self._last
+        self._kept = _MEMORY * self._kept + (1.0 - _MEMORY) * kept
+        self._before = _MEMORY * self._before + (1.0 - _MEMORY) * before
+        self._square = _MEMORY * self._square + (1.0 - _MEMORY) * before**2
+        self._last = before
+
+    @property
+    def _straight(self) -> bool:
+        """Whether slopes hardly fall along steps, and are more than noise."""
+        return self._kept > 0.0 and self._before > _SIGNIFICANT * self._square**0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen."""
+        slopes = [self._before, self._kept, self._square, self._last]
+        return {"distance": self.distance, "steps": self._steps, "slopes": slopes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self.distance, self._steps = state["distance"], state["steps"]
+        self._before, self._kept, self._square, self._last = state["slopes"]
+
+
+def _size(parameters: Sequence[Tensor]) -> float:
+    """`‖w‖/√N`."""
+    count = sum(parameter.numel() for parameter in parameters)
+    if not count:
+        return 0.0
+    squares = [torch.linalg.vector_norm(parameter, dtype=torch.float64).square() for parameter in parameters]
+    return float((torch.stack(squares).sum() / count).sqrt())

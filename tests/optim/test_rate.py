@@ -1,0 +1,86 @@
+"""The rate from the distance to go."""
+
+import math
+
+import pytest
+import torch
+from reference import generator
+from torch import Tensor
+
+from replica_newton.optim.rate import DistanceRate
+
+
+def weights(*, seed: int = 0) -> list[Tensor]:
+    return [torch.randn(shape, generator=generator(seed), dtype=torch.float64) for shape in ((4, 3), (5,))]
+
+
+def size(given: list[Tensor]) -> float:
+    return float(torch.cat([one.flatten() for one in given]).square().mean().sqrt())
+
+
+def grown(slopes: list[tuple[float, float]], *, relative: float = 1.0, ceiling: float = 100.0) -> float:
+    """By which factor the distance has grown, after slopes from the end of the warm-up on."""
+    rate, w = DistanceRate(warm_up=1), weights()
+    before = rate(w) / rate.share
+    for pair in slopes:
+        rate.observe(*pair, relative)
+        rate([ceiling * x for x in w])
+    return float(rate.distance or math.nan) / before
+
+
+def test_it_warms_up_to_the_share_of_the_weights_size():
+    w = weights()
+    rate = DistanceRate(share=0.2, warm_up=4)
+    got = [rate(w) for _ in range(6)]
+    assert got == pytest.approx([0.2 * size(w) * part for part in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+
+
+def test_it_scales_with_the_parameters():
+    w = weights()
+    assert DistanceRate()([1e6 * x for x in w]) == pytest.approx(1e6 * DistanceRate()(w))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_it_grows_while_steps_take_away_less_than_a_fifth_of_the_slope(scale: float):
+    assert grown([(scale, 0.85 * scale)] * 20) == pytest.approx(1.05**16)  # four are not yet significant
+    # The slope before the first pair is not known, so what is after it counts as growth: once.
+    assert grown([(scale, 0.75 * scale)] * 40) < 1.05**14
+    assert grown([(scale, -scale)] * 40) == 1.0
+
+
+def test_a_smaller_relative_rate_must_take_away_less():
+    assert grown([(1.0, 0.85)] * 40, relative=0.5) < grown([(1.0, 0.95)] * 40, relative=0.5) == pytest.approx(1.05**36)
+
+
+def test_it_does_not_grow_beyond_the_weights():
+    assert grown([(1.0, 1.0)] * 60, ceiling=3.0) == pytest.approx(3.0)
+    assert grown([(1.0, 1.0)] * 60, ceiling=0.5) == 1.0
+
+
+def test_slopes_that_are_noise_leave_it_where_it_is():
+    noise = torch.randn(400, 2, generator=generator(4), dtype=torch.float64)
+    pairs = [(0.1 + float(a), 0.1 + float(b)) for a, b in noise]
+    assert grown(pairs) < 1.5
+
+
+def test_it_goes_on_from_its_state():
+    w = weights()
+    rate, resumed = DistanceRate(), DistanceRate()
+    for _ in range(30):
+        rate(w)
+        rate.observe(1.0, 0.9)
+    resumed.load_state_dict(rate.state_dict())
+    for one in (rate, resumed):
+        one.observe(1.0, 0.95)
+    assert [resumed([2 * x for x in w]) for _ in range(20)] == [rate([2 * x for x in w]) for _ in range(20)]
+
+
+def test_empty_and_zero_parameters_have_a_rate():
+    assert DistanceRate()([torch.empty(0, 3)]) > 0.0
+    assert DistanceRate()([torch.zeros(3)]) > 0.0
+
+
+@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": float("inf")}, {"warm_up": 0}])
+def test_options_out_of_range_are_refused(options: dict[str, float]):
+    with pytest.raises(ValueError, match="must be"):
+        DistanceRate(**options)
