@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -108,10 +109,11 @@ def draw(measurements: list[Measurement], model: CostModel, extrapolation: list[
         far.loglog(REPLICAS, [row["milliseconds"]["total"] for row in rows], "-", color=colour)
         far.loglog(REPLICAS, [row["milliseconds"]["gradient"] for row in rows], ":", color=colour)
     near.set_title("measured, and the fitted model")
-    far.set_title("one replica a machine, 25 Gbit/s; dotted: gradient alone")
+    far.set_title("extrapolated; dotted: gradient alone")
     near.set_ylabel("time of a step (ms)")
     for axes in (near, far):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("replicas M")
         axes.grid(True, which="major", color="#dddddd")
         axes.set_axisbelow(True)

@@ -313,7 +313,9 @@ class ReplicaNewton(Calls):
     def _observe(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
     ) -> SecantCurvature | None:
-        """Secants of this step; None before the replicas have parted."""
+        """Secants of this step; None before the replicas have parted, and where there is only one."""
+        if self.topology.replicas == 1:
+            return None
         secants = evaluation
         if self.secant_data == "common":
             parted = torch.tensor([bool((W[:1] != W).any())], dtype=torch.float64)
