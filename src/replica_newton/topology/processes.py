@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
 from replica_newton.topology.layout import Layout
+from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import (
     Buffers,
     Criterion,
@@ -28,7 +29,7 @@ _IN_FLIGHT = 2
 """Buckets of points on their way at a time: enough to keep the wire busy, without a second copy of everything."""
 
 
-class Processes:
+class Processes(LastingMembers):
     """M replicas in processes of their own, and processes that hold columns; some or all may be both.
 
     A holder has about N/H of the N columns of everything, H being the number of holders: of the shared parameters, and
@@ -81,7 +82,6 @@ class Processes:
         if bucket_bytes < 1:
             raise ValueError(f"{bucket_bytes=} must be >= 1")
         self.timeout = timeout
-        self.steps = 0
         self.elements_sent: Counter[str] = Counter()
         self._across = None if shard_group is None else Collectives.of(shard_group, timeout, self.elements_sent)
         self.shards = 1 if self._across is None else self._across.size
@@ -387,25 +387,6 @@ class Processes:
             phase: what an error calls it.
         """
         self._among_workers.broadcast(tensors, 0, phase)
-
-    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002
-        """Make a call that all processes make; see `Topology`."""
-        call()
-
-    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:  # noqa: ARG002
-        """Count a step that will be taken, or has been given up; see `Topology`."""
-        self.steps += stepped
-
-    def end_together(
-        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
-    ) -> None:
-        """End a call: who cannot go on ends the run for all; see `Topology`."""
-        finish()
-        self.prepared(undo, stepped=stepped)
-
-    def said_by_server(self, message: Tensor) -> Tensor:
-        """What the first holder of columns knows: here all know it; see `Topology`."""
-        return message
 
     def align(self, buffers: Sequence[Tensor]) -> None:
         """Overwrite buffers of the module with those of the first worker, where they may differ. Called by workers.

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from replica_newton.topology.buckets import write
 from replica_newton.topology.layout import Layout
+from replica_newton.topology.members import LastingMembers
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class ReplicaGradients(NamedTuple):
     gradients: Tensor
 
 
-class Simulated:
+class Simulated(LastingMembers):
     """M replicas of any module in one process, their gradients evaluated together.
 
     The global batch is split into M equal shards, replica m holding the m-th. Gradients at M different parameter
@@ -51,7 +52,6 @@ class Simulated:
     """
 
     distributed = False
-    steps = 0
     position = 0
 
     def __init__(self, replicas: int, *, batched: bool | None = None) -> None:
@@ -158,25 +158,6 @@ class Simulated:
     def workers(self) -> list[int]:
         """The numbers of the replicas; see `Topology`."""
         return list(range(self.replicas))
-
-    def said_by_server(self, message: Tensor) -> Tensor:
-        """The message itself; see `Topology`."""
-        return message
-
-    def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002
-        """Make the call; see `Topology`."""
-        call()
-
-    def prepared(self, undo: Callable[[], None] | None = None, *, stepped: bool = False) -> None:  # noqa: ARG002
-        """Count a step that will be taken, or has been given up; see `Topology`."""
-        self.steps += stepped
-
-    def end_together(
-        self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
-    ) -> None:
-        """Finish; see `Topology`."""
-        finish()
-        self.prepared(undo, stepped=stepped)
 
     def evaluate(
         self,
