@@ -122,7 +122,7 @@ def test_peers_run_at_their_best_rate_even_beyond_their_grid(
 ) -> None:
     plan, results, _ = study
     best = {one.experiment.method: one.experiment.rate for one in plan.best_peers(results, "mnist")}
-    assert best == {"sgd": 0.01, "momentum": 0.01, "adam": 0.01, "sharpness-rate": 0.01}
+    assert best == {"sgd": 0.01, "momentum": 0.01, "adam": 0.01, "sharpness-rate": 0.01, "replica-newton": 1.0}
 
 
 def test_all_lengths_of_a_run_are_one_run() -> None:

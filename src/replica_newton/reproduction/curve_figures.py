@@ -29,6 +29,7 @@ _PEER_STYLES = {
     "momentum": ("#009E73", "s"),
     "adam": ("#CC79A7", "D"),
     "sharpness-rate": ("#56B4E9", "v"),
+    "replica-newton": ("#D55E00", "P"),
     "literal": ("#E69F00", "X"),
     "closest": ("#0072B2", "^"),
 }

@@ -16,6 +16,8 @@ PEER_RATES: dict[str, tuple[float, ...]] = {
     "momentum": (0.003, 0.01, 0.03, 0.1),
     "adam": (0.001, 0.003, 0.01, 0.03),
 }
+UNTUNED = (("sharpness-rate", 8, RATES[-1]), ("replica-newton", 1, 1.0))
+"""Method, M and rate (where it starts; in units of its own) of what is compared with the tuned methods."""
 PLATEAU_RATE = 0.01
 PLATEAU_METHODS = (
     ("sgd", 1),
@@ -49,8 +51,7 @@ class Extent:
 
     Attributes:
         epochs: of Figure 2.
-        panel_epochs: of the closest reading at both rates and with both activations: the whole length everywhere
-            would double the study.
+        panel_epochs: of the closest reading at both rates and with both activations.
         calibration_epochs: of SGD, to find scaling, activation and rate.
         search_rates: rates that every reading is tried with.
         rounds: of the search.
@@ -61,7 +62,7 @@ class Extent:
     """
 
     epochs: int = 50
-    panel_epochs: int = 10
+    panel_epochs: int = 50
     calibration_epochs: int = 10
     search_rates: tuple[float, ...] = RATES
     rounds: tuple[Round, ...] = (

@@ -6,7 +6,7 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from replica_newton.reproduction.design import ACTIVATIONS, PEER_RATES, RATES, Candidate
+from replica_newton.reproduction.design import ACTIVATIONS, PEER_RATES, RATES, UNTUNED, Candidate
 from replica_newton.reproduction.experiment import Record
 from replica_newton.reproduction.peers import PeerTuning
 from replica_newton.reproduction.plan import Plan
@@ -21,8 +21,10 @@ PEER_NAMES = {
     "momentum": "SGD, momentum 0.9",
     "adam": "Adam",
     "sharpness-rate": "SGD at 1/λ_max",
+    "replica-newton": "ReplicaNewton, no rate given",
     "saddle-free": "saddle-free step",
 }
+_UNTUNED = {method for method, *_ in UNTUNED}
 
 
 def findings(plan: Plan, results: Results) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def peer_records(plan: Plan, results: Results, dataset: str, best: Candidate) ->
     named = {}
     for role, request in requests.items():
         record = _record(results, request)
-        rate = "" if role == "sharpness-rate" else f", rate {request.experiment.rate:g}"
+        rate = "" if role in _UNTUNED else f", rate {request.experiment.rate:g}"
         name = PEER_NAMES.get(role, f"{role} reading, M = {request.experiment.replicas}")
         named[role] = (name + rate, record)
     return named

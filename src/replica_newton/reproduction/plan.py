@@ -14,6 +14,7 @@ from replica_newton.reproduction.design import (
     RATES,
     SCALINGS,
     TRAIN_SAMPLES,
+    UNTUNED,
     Candidate,
     Extent,
     SetUp,
@@ -239,7 +240,7 @@ class Plan:
         return PeerTuning(dataset, self.set_up(results, dataset) or _STAND_IN, method, self.extent)
 
     def best_peers(self, results: Results, dataset: str) -> list[Request]:
-        """First-order methods, each at its best rate, and SGD at 1/λ_max.
+        """First-order methods, each at its best rate, and what has no rate to tune.
 
         Args:
             results: with all runs of the methods' tuning.
@@ -249,7 +250,7 @@ class Plan:
             The runs.
         """
         best = [self.peer(results, dataset, method).best(results) for method in PEER_RATES]
-        return [*best, self._sharpness_rate(results, dataset)]
+        return [*best, *self._untuned(results, dataset)]
 
     def steps_per_epoch(self, dataset: str) -> int:
         """Steps of an epoch with the full batch.
@@ -333,12 +334,16 @@ class Plan:
         short = [request for one in tunings for request in one.short_requests(results)]
         for request in (*short, *(request for one in tunings for request in one.whole_requests(results))):
             yield request._replace(tentative=request.tentative or unsettled)
-        yield self._sharpness_rate(results, dataset)
+        yield from self._untuned(results, dataset)
 
-    def _sharpness_rate(self, results: Results, dataset: str) -> Request:
+    def _untuned(self, results: Results, dataset: str) -> list[Request]:
+        """What needs no rate of its own: SGD at 1/λ_max, and this library's step."""
         found = self.set_up(results, dataset)
-        experiment = self.extent.experiment(dataset, found or _STAND_IN, "sharpness-rate", 8, RATES[-1])
-        return Request(experiment, self.extent.epochs, "peers", found is None)
+        experiments = [
+            self.extent.experiment(dataset, found or _STAND_IN, method, replicas, rate)
+            for method, replicas, rate in UNTUNED
+        ]
+        return [Request(experiment, self.extent.epochs, "peers", found is None) for experiment in experiments]
 
     def _candidate_requests(
         self, set_ups: Mapping[str, SetUp | None], candidate: Candidate, number: int

@@ -124,6 +124,9 @@ TRAINERS: dict[str, Callable[[nn.Module, int, float], Trainer]] = {
     ),
     "adam": lambda module, _, rate: OptimizerTrainer(module, Adam(module.parameters(), rate), Simulated(1)),
     "sharpness-rate": SharpnessRate,
+    "replica-newton": lambda module, _, rate: OptimizerTrainer(
+        module, ReplicaNewton(module.parameters(), rate, rule="metric"), Simulated(1)
+    ),
     "saddle-free": _saddle_free,
 }
 """Trainers of (network, M, rate) by the name of their method; torch's optimizers have one replica."""
