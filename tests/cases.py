@@ -57,12 +57,16 @@ def train(
     lr: float = 0.05,
     decay: float = 1.0,
     poisoned: tuple[int, ...] = (),
+    batched: bool | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
     # Processes start apart on purpose: rank 0 decides.
     module = network(dtype, normalised=normalised, seed=0 if rank is None else (rank - servers) % count)
-    topology: Any = Simulated(count) if rank is None else ParameterServer(servers) if servers else TreeReduction()
+    if rank is None:
+        topology: Any = Simulated(count, batched=batched)
+    else:
+        topology = ParameterServer(servers) if servers else TreeReduction()
     optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **options)
     if servers and rank is not None and topology.is_server:
         optimizer.serve()

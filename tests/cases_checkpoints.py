@@ -36,10 +36,11 @@ def run(
     seed: int = 0,
     normalised: bool = False,
     dropout: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train through some steps, from a checkpoint or not, and save one after a step or not."""
     module = cases.network(torch.float64, normalised=normalised, seed=seed)
-    optimizer = ReplicaNewton(module.parameters(), RATE, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), **({"lr": RATE} | options), topology=topology)
     torch.manual_seed(100 + topology.position)  # dropout differs by process
     found = load_checkpoint(folder, module, optimizer) if load else None
     loaded = vector(module)
@@ -73,12 +74,12 @@ def processes(rank: int, count: int, *, servers: int = 0) -> Any:
     return ParameterServer(servers) if servers else TreeReduction()
 
 
-def saved_and_resumed(rank: int, count: int, *, folder: Path, servers: int) -> list[dict[str, Any]]:
+def saved_and_resumed(rank: int, count: int, *, folder: Path, servers: int, **options: Any) -> list[dict[str, Any]]:
     """Ten steps without a stop, with a checkpoint after the fifth, and from that checkpoint."""
     topology = processes(rank, count, servers=servers)
     ends = []
     for kind in ({"steps": range(10)}, {"steps": range(10), "save_at": 5}, {"steps": range(5, 10), "load": True}):
-        ends.append(run(topology, folder, normalised=True, dropout=True, seed=len(ends) // 2, **kind))
+        ends.append(run(topology, folder, normalised=True, dropout=True, seed=len(ends) // 2, **kind, **options))
     return ends
 
 

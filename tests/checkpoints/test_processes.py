@@ -15,10 +15,19 @@ def fresh(folder: Path, name: str) -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize(("count", "servers"), [(3, 0), (4, 2)], ids=["tree", "servers"])
-def test_a_run_goes_on_at_the_same_bits_and_saving_changes_none(count: int, servers: int, tmp_path: Path) -> None:
+METRIC = {"rule": "metric", "lr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("count", "servers", "options"), [(3, 0, {}), (4, 2, {}), (2, 0, METRIC)], ids=["tree", "servers", "metric"]
+)
+def test_a_run_goes_on_at_the_same_bits_and_saving_changes_none(
+    count: int, servers: int, options: dict, tmp_path: Path
+) -> None:
     folder = tmp_path / "checkpoints"
-    results = run_processes(fresh(tmp_path, "run"), count, cases.saved_and_resumed, folder=folder, servers=servers)
+    results = run_processes(
+        fresh(tmp_path, "run"), count, cases.saved_and_resumed, folder=folder, servers=servers, **options
+    )
     for rank, (whole, saved, resumed) in enumerate(results):
         assert resumed["found"].step == 5
         assert resumed["found"].parted
@@ -80,3 +89,15 @@ def test_a_full_disk_in_one_process_is_an_error_in_all_and_leaves_the_checkpoint
     results = run_processes(fresh(tmp_path, "run"), 2, cases.disk_full, folder=tmp_path / "checkpoints")
     assert [result[0] for result in results] == ["saving failed in process 1", "[Errno 28] No space left on device"]
     assert all(result[1:] == (2, ["checkpoint-000001"]) for result in results)
+
+
+def test_what_the_metric_keeps_goes_on_by_other_processes(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    # Not the Kronecker metric, whose bases of directions without a gradient are made of rounding.
+    options = METRIC | {"metric": "diagonal", "folder": checkpoints}
+    run_processes(fresh(tmp_path, "3"), 3, cases.part_of_a_run, steps=range(5), save_at=5, **options)
+    resumed = options | {"steps": range(5, 10), "load": True, "seed": 1}
+    ends = run_processes(fresh(tmp_path, "2"), 2, cases.part_of_a_run, **resumed)
+    whole = cases.run(Simulated(1), **(options | {"steps": range(10)}))
+    for end in (*ends, cases.run(Simulated(1), **resumed)):
+        torch.testing.assert_close(end["parameters"], whole["parameters"], rtol=1e-9, atol=1e-9)

@@ -242,11 +242,11 @@ def test_options_without_a_meaning_are_refused(options: dict[str, object], messa
         ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", **options)
 
 
-def test_replicas_in_processes_are_refused_before_anything_starts():
+def test_other_topologies_of_processes_are_refused_before_anything_starts():
     class Distributed(Simulated):
         distributed = True
 
-    with pytest.raises(ValueError, match="needs its replicas in one process"):
+    with pytest.raises(ValueError, match="needs one process or a TreeReduction of whole replicas"):
         ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", topology=Distributed(2))
 
 

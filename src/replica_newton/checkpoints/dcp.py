@@ -35,11 +35,16 @@ class ReplicaState:
     Args:
         optimizer: whose state it is.
 
+    Raises:
+        ValueError: if its rule is "metric".
+
     Source:
         https://docs.pytorch.org/docs/2.13/distributed.checkpoint.html
     """
 
     def __init__(self, optimizer: ReplicaNewton) -> None:
+        if optimizer.rule == "metric":
+            raise ValueError("rule='metric' keeps no columns: save it by save_checkpoint, which knows all rules")
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from replica_newton.checkpoints.folder import newest_checkpoint, write_checkpoint
+from replica_newton.checkpoints.folder import Saved, newest_checkpoint, write_checkpoint
 from replica_newton.optim import ReplicaNewton
 from replica_newton.topology import Simulated, Topology
 
@@ -90,8 +90,9 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Optimizer)
     """Load the newest whole checkpoint in a folder into module and optimizer; called by all processes, servers too.
 
     Newer ones that are incomplete, truncated or changed are named in a warning of the log and passed over. By the same
-    processes as before, training goes on at the same bits. By others, parameters, rates and the count of steps go on,
-    and the replicas part anew: their displacements are the trace of one step, and one SGD step makes new ones.
+    processes as before, training goes on at the same bits. By others, parameters, rates, the count of steps
+    and all that the rule "metric" keeps go on, and the replicas part anew: their displacements are the trace of one
+    step, and one SGD step makes new ones.
 
     Args:
         folder: given to `save_checkpoint`.
@@ -112,7 +113,7 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Optimizer)
     first = saved.content(first_worker)
     own = first if not same or topology.position == first_worker else saved.content(topology.position)
     module.load_state_dict(first["module"] | own["module"])
-    optimizer.load_state_dict(own["optimizer"] if same else _without_displacements(own["optimizer"]))
+    optimizer.load_state_dict(own["optimizer"] if same else _of_any_topology(saved))
     if same:
         torch.set_rng_state(own["random_state"])
     else:
@@ -124,13 +125,16 @@ def _topology(optimizer: Optimizer) -> Topology:
     return optimizer.topology if isinstance(optimizer, ReplicaNewton) else Simulated(1)
 
 
-def _without_displacements(state: dict[str, Any]) -> dict[str, Any]:
-    """State of an optimizer without what belongs to one topology alone."""
-    kept = {
-        index: {name: value for name, value in one.items() if name not in {"displacements", "shared", "buckets"}}
-        for index, one in state["state"].items()
-    }
-    return {**state, "state": kept}
+def _of_any_topology(saved: Saved) -> dict[str, Any]:
+    """State of an optimizer without what belongs to one topology alone, and with that of all dealt parameters."""
+    kept: dict[int, dict[str, Any]] = {}
+    first_worker, *others = sorted(range(saved.layout.processes), key=lambda rank: rank != saved.layout.first_worker)
+    state = dict(saved.content(first_worker)["optimizer"])
+    for process_state in (state, *(saved.content(rank)["optimizer"] for rank in others)):
+        for index, one in process_state["state"].items():
+            rest = {name: value for name, value in one.items() if name not in {"displacements", "shared", "buckets"}}
+            kept.setdefault(index, {}).update(rest)
+    return state | {"state": kept}
 
 
 def _require_loadable(extra: Any) -> None:

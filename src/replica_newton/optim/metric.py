@@ -1,5 +1,7 @@
 """Metric: the coordinates in which a step is taken, and the unit of length along each."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,8 +38,7 @@ class Metric:
     in units of the first gradient that is not zero, so that no scale of the loss over- or underflows. Without rotation
     and with β₁ = β₂ no element exceeds 1; where a basis has just turned one can, and is cut at 3.
 
-    The state of a parameter is a dictionary of tensors that the caller keeps. It belongs to whole parameters; of the
-    three metrics only the first two can be computed on any columns of them.
+    The state of a parameter is a dictionary of tensors that the caller keeps. It belongs to a whole parameter.
 
     Args:
         name: which metric.
@@ -79,6 +80,21 @@ class Metric:
         self.refresh_every = refresh_every
         self.max_dimension = max_dimension
 
+    def work(self, shape: Sequence[int]) -> float:
+        """About how many multiply-adds a step of one parameter takes.
+
+        Args:
+            shape: of the parameter.
+
+        Returns:
+            Three rotations, of which the last goes back, the factors, the bases in every `refresh_every`-th step, and
+            ten for every element.
+        """
+        sides = _sides(shape)
+        elements = sides[0] * sides[1]
+        rotated = [side for side in sides if 1 < side <= self.max_dimension] if self._rotates(shape) else []
+        return sum(4 * elements * side + 3 * side**3 / self.refresh_every for side in rotated) + 10.0 * elements
+
     def unit_step(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         """The step, and the state after it.
 
@@ -91,7 +107,7 @@ class Metric:
             shrink as gradients disagree.
         """
         shape = gradient.shape
-        G = gradient.to(working_dtype(gradient)).reshape(shape[0] if len(shape) > 1 and shape[0] else 1, -1)
+        G = gradient.to(working_dtype(gradient)).reshape(_sides(shape))
         step = state["step"] = state.get("step", 0) + 1
         G = G / _unit(state, G)
         if step == 1:
@@ -104,9 +120,12 @@ class Metric:
             if self.name == "identity":
                 V = V.mean()
             unit = _rotated(state, _per_root(_rotated(state, mean), V), back=True)
-        if self.name == "kronecker" and len(shape) > 1 and G.numel():
+        if self._rotates(shape):
             self._turn(state, G, step)
         return unit.reshape(shape)
+
+    def _rotates(self, shape: Sequence[int]) -> bool:
+        return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0
 
     def _turn(self, state: dict[str, Any], G: Tensor, step: int) -> None:
         """Take a gradient into the factors, and turn the bases if it is time."""
@@ -119,6 +138,12 @@ class Metric:
                 state[f"{side}_basis"] = torch.linalg.eigh(factor).eigenvectors.flip(1).contiguous()
             elif step % self.refresh_every == 0:
                 state[f"{side}_basis"] = torch.linalg.qr(factor @ basis).Q
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Of a parameter as a matrix."""
+    rows = shape[0] if len(shape) > 1 and shape[0] else 1
+    return rows, math.prod(shape) // rows
 
 
 def _averaged(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:

@@ -1,14 +1,23 @@
 """MetricStep: steps of unit size in a metric, at a rate from the distance to go."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.rate import DistanceRate
-from replica_newton.topology import Topology
+from replica_newton.topology import Topology, TreeReduction
+
+
+class Moved(NamedTuple):
+    """A parameter, its gradient of what is minimised, its relative rate, and what is kept of its past."""
+
+    parameter: Tensor
+    gradient: Tensor
+    relative: float
+    state: dict[str, Any]
 
 
 class MetricStep:
@@ -26,45 +35,53 @@ class MetricStep:
         self.metric = Metric() if metric is None else metric
         self.rate = DistanceRate() if rate is None else rate
 
-    def take(self, moved: Sequence[tuple[Tensor, Tensor, float, dict[str, Any]]]) -> None:
+    def take(
+        self,
+        moved: Sequence[Moved],
+        largest: float,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
         """Move parameters and their states by a step; nothing is changed if it cannot be taken.
 
         Args:
-            moved: parameters, their gradients of what is minimised, their relative rates, and what the metric keeps.
+            moved: what is this process's to move.
+            largest: relative rate of all parameters.
+            total: sums over the processes that move parameters.
 
         Raises:
-            ValueError: if a gradient is sparse.
-            FloatingPointError: if a gradient is not finite.
+            FloatingPointError: if a gradient is not finite; by all processes.
         """
-        gradients = [gradient for _, gradient, _, _ in moved]
-        if any(gradient.layout != torch.strided for gradient in gradients):
-            raise ValueError("sparse gradients are not supported")
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        elements, wrong, squared_size, *slopes = total(self._sums(moved)).tolist()
+        if wrong:
             raise FloatingPointError("a gradient is not finite")
-        if not moved:
+        if not elements:
             return
-        self._observe_slopes(moved)
-        rate = self.rate([parameter for parameter, *_ in moved])
+        if largest:
+            pairs = zip(slopes[::2], slopes[1::2], strict=True)
+            last, before_last = (slope / square**0.5 if square else 0.0 for slope, square in pairs)
+            self.rate.observe(last, before_last, largest)
+        rate = self.rate((squared_size / elements) ** 0.5)
         for parameter, gradient, relative, state in moved:
             unit = self.metric.unit_step(state, gradient)
             state["before_last"], state["last"] = state.get("last", unit), unit
             parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
 
-    def _observe_slopes(self, moved: Sequence[tuple[Tensor, Tensor, float, dict[str, Any]]]) -> None:
-        """Slopes of the present gradients down the last two steps, every parameter weighted by its relative rate."""
-        known = [entry for entry in moved if "last" in entry[3]]
-        largest = max((relative for _, _, relative, _ in known), default=0.0)
-        if largest == 0.0:
-            return
-        slopes = []
-        for name in ("last", "before_last"):
-            sums = [
-                torch.stack((_dot(gradient, state[name]) * relative, _dot(state[name], state[name]) * relative**2))
-                for _, gradient, relative, state in known
-            ]
-            slope, square = torch.stack(sums).sum(dim=0).tolist()
-            slopes.append(slope / square**0.5 if square else 0.0)
-        self.rate.observe(slopes[0], slopes[1], largest)
+    def _sums(self, moved: Sequence[Moved]) -> Tensor:
+        """What must be known of all parameters.
+
+        Returns:
+            `(7,)`, fp64 on the CPU: N, how many gradients are not finite, ‖w‖²; then of the last step and of the one
+            before the slope down it and its squared length, every parameter weighted by its relative rate.
+        """
+        sums = torch.zeros(7, dtype=torch.float64, device=moved[0].gradient.device if moved else None)
+        for parameter, gradient, relative, state in moved:
+            size = torch.linalg.vector_norm(parameter, dtype=torch.float64)
+            numbers = [(~torch.isfinite(gradient)).any().double(), size.square()]
+            for name in ("last", "before_last") if "last" in state else ():
+                numbers += [_dot(gradient, state[name]) * relative, _dot(state[name], state[name]) * relative**2]
+            sums[0] += parameter.numel()
+            sums[1 : 1 + len(numbers)] += torch.stack(numbers)
+        return sums.cpu()
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
@@ -81,8 +98,8 @@ def check_options(topology: Topology, **options: Any) -> None:
     Raises:
         ValueError: if there is one.
     """
-    if topology.distributed:
-        raise ValueError(f"rule='metric' needs its replicas in one process, got {topology!r}")
+    if topology.distributed and not (isinstance(topology, TreeReduction) and topology.shards == 1):
+        raise ValueError(f"rule='metric' needs one process or a TreeReduction of whole replicas, got {topology!r}")
     for name, unset in {"spread": None, "secant_data": "own", "damping": 0.0, "max_norm": None}.items():
         if options[name] != unset:
             raise ValueError(f"{name}={options[name]!r} has no meaning for rule='metric'")

@@ -1,10 +1,6 @@
 """DistanceRate: a learning rate from how far the weights have to go, with nothing to tune."""
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 SHARE = 0.3
 """Of the distance, that one step of unit size covers. By experiment: see docs/step_rules.md."""
@@ -58,17 +54,16 @@ class DistanceRate:
         self._steps = 0
         self._before, self._kept, self._square, self._last = 0.0, 0.0, 0.0, 0.0
 
-    def __call__(self, parameters: Sequence[Tensor]) -> float:
+    def __call__(self, size: float) -> float:
         """The rate of the next step.
 
         Args:
-            parameters: all that is trained, before the step.
+            size: `‖w_t‖/√N`, of all that is trained, before the step.
 
         Returns:
             η.
         """
         self._steps += 1
-        size = _size(parameters)
         if self.distance is None:
             self.distance = size or _ALL_ZERO
         elif self._straight:
@@ -110,12 +105,3 @@ class DistanceRate:
         """
         self.distance, self._steps = state["distance"], state["steps"]
         self._before, self._kept, self._square, self._last = state["slopes"]
-
-
-def _size(parameters: Sequence[Tensor]) -> float:
-    """`‖w‖/√N`."""
-    count = sum(parameter.numel() for parameter in parameters)
-    if not count:
-        return 0.0
-    squares = [torch.linalg.vector_norm(parameter, dtype=torch.float64).square() for parameter in parameters]
-    return float((torch.stack(squares).sum() / count).sqrt())

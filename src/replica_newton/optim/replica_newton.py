@@ -11,22 +11,23 @@ from torch.optim.optimizer import ParamsT
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
-from replica_newton.optim.calls import Calls, Nonfinite, flat
+from replica_newton.optim.calls import Nonfinite, flat
 from replica_newton.optim.closures import given_gradients
-from replica_newton.optim.evaluation import Evaluation, Report
+from replica_newton.optim.evaluation import Evaluation
 from replica_newton.optim.metric import Metric, MetricName
-from replica_newton.optim.metric_step import MetricStep, check_options, evaluated
+from replica_newton.optim.metric_calls import MetricCalls
+from replica_newton.optim.metric_step import MetricStep, check_options
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
-from replica_newton.topology.simulated import Data, ReplicaClosure
+from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["paper", "saddle-free", "metric"]
 
 
-class ReplicaNewton(Calls):
+class ReplicaNewton(MetricCalls):
     """Newton steps on the curvature that M data-parallel replicas see.
 
     The replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard of the batch;
@@ -215,28 +216,6 @@ class ReplicaNewton(Calls):
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
 
-    def _take_metric_step(
-        self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
-    ) -> None:
-        """A step of the rule "metric", on the gradient of a closure or on what is in `.grad`."""
-        gradients: list[Tensor | None]
-        if isinstance(closure, ReplicaClosure):
-            evaluation = self._evaluate(closure, parameters, self._displacements(parameters), "own")
-            evaluation.report.settle()
-            self._outcome = evaluation.report.losses.mean().to(parameters[0])
-            pieces = torch.split(evaluation.mean, [p.numel() for p in parameters])
-            gradients = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-        else:
-            if closure is not None:
-                self._outcome = evaluated(closure)
-            signs = {id(p): -1 if group["maximize"] else 1 for group in self.param_groups for p in group["params"]}
-            gradients = [None if p.grad is None else signs[id(p)] * p.grad for p in parameters]
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        metric_step.take([(p, g, rates[id(p)], self.state[p]) for p, g in given])
-        self.topology.prepared(stepped=True)
-        self._settled()
-
     def state_dict(self) -> dict[str, Any]:
         """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
         own: dict[str, Any] = {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
@@ -298,18 +277,6 @@ class ReplicaNewton(Calls):
         self._settled()
         self.topology.place(parameters, shared, W)
 
-    def _evaluate(self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, data: Data) -> Evaluation:
-        """Losses and gradients of what is minimised: negated if a group maximizes."""
-        self._evaluated = True
-        losses, gradients = self.topology.gradients(closure, parameters, W, data)
-        gradients = gradients.to(W.dtype)
-        signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
-        if set(signs) != {1.0}:
-            gradients = gradients.mul_(self._by_element(parameters, signs))
-        mean = gradients.mean(dim=0)
-        with_norm = self.max_norm is not None and data == "own"
-        return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))
-
     def _observe(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
     ) -> SecantCurvature | None:
@@ -356,37 +323,11 @@ class ReplicaNewton(Calls):
         self.fallbacks += 1
         return mean_gradient
 
-    def _displacements(self, parameters: list[Tensor]) -> Tensor:
-        """Rows d_m, `(M, N)`; zero as long as the replicas have not parted."""
-        M = self.topology.replicas
-        dtype = working_dtype(*parameters)
-        pieces = []
-        for parameter in parameters:
-            rows = self.state.get(parameter, {}).get("displacements")
-            if rows is None or len(rows) != M:
-                rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
-            pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
-        return torch.cat(pieces, dim=1).to(dtype)
-
     def _part(self, parameters: list[Tensor], displacements: Tensor) -> None:
         """Keep the displacements by parameter, so that checkpoints follow the parameters."""
         pieces = torch.split(displacements, [p.numel() for p in parameters], dim=1)
         for parameter, piece in zip(parameters, pieces, strict=True):
             self.state[parameter]["displacements"] = piece.reshape(len(displacements), *parameter.shape)
-
-    def _by_element(self, parameters: list[Tensor], by_group: list[float]) -> Tensor | float:
-        """A number of every group: one for all, or for every column held here, `(n,)`, where groups differ."""
-        if len(set(by_group)) == 1:
-            return by_group[0]
-        elements = torch.cat(
-            [
-                torch.full((local(p).numel(),), value, dtype=working_dtype(*parameters), device=p.device)
-                for value, group in zip(by_group, self.param_groups, strict=True)
-                for p in group["params"]
-                if p.requires_grad
-            ]
-        )
-        return self.topology.part(elements)
 
     def _step_on_given_gradients(self) -> None:
         """SGD step on what is in `.grad`; parameters without gradient stay."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +65,22 @@ class Bucket:
         return int(self.columns.stop - self.columns.start)
 
 
+class Piece(NamedTuple):
+    """Elements of one parameter that one process holds.
+
+    Attributes:
+        parameter: its place in the list of parameters.
+        holder: number of the process.
+        elements: of the flat parameter.
+        columns: theirs in the columns of the holder.
+    """
+
+    parameter: int
+    holder: int
+    elements: slice
+    columns: slice
+
+
 class Buckets:
     """A partition of N elements into buckets of whole parameters, each shared by H holders.
 
@@ -117,6 +135,23 @@ class Buckets:
         torch.cat([piece.reshape(-1) for piece in pieces], out=padded[: bucket.size])
         padded[bucket.size :] = 0
         return padded.reshape(self.holders, bucket.width)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every parameter in the pieces that its holders have, by bucket and parameter.
+
+        Yields:
+            The pieces; none is empty.
+        """
+        starts = [0, *accumulate(self.sizes)]
+        for bucket in self._buckets:
+            for parameter in range(len(self.sizes))[bucket.parameters]:
+                first, end = starts[parameter] - bucket.elements.start, starts[parameter + 1] - bucket.elements.start
+                for holder in range(self.holders):
+                    low, high = max(first, holder * bucket.width), min(end, (holder + 1) * bucket.width)
+                    if low < high:
+                        column = bucket.columns.start - holder * bucket.width
+                        columns = slice(column + low, column + high)
+                        yield Piece(parameter, holder, slice(low - first, high - first), columns)
 
     def part(self, vector: Tensor, holder: int) -> Tensor:
         """The columns of a vector that a holder has.

@@ -161,11 +161,28 @@ class Collectives:
         sends, receives = self.rank in senders, self.rank in receivers
         outgoing = [width if sends and rank in receivers else 0 for rank in range(self.size)]
         incoming = [width if receives and rank in senders else 0 for rank in range(self.size)]
-        received = sent.new_empty(sum(incoming))
         # Expanded rows of one element are a view without storage of their own, even when flattened.
         flat = sent.reshape(-1).contiguous() if sends else sent.new_empty(0)
+        wait = self.start_all_to_all(flat, outgoing, incoming, phase)
+        return lambda: wait().reshape(len(senders), -1)
+
+    def start_all_to_all(
+        self, sent: Tensor, outgoing: Sequence[int], incoming: Sequence[int], phase: str
+    ) -> Callable[[], Tensor]:
+        """Begin to send every process as many elements as it is to get, and go on meanwhile.
+
+        Args:
+            sent: those for each process, one after the other; not to be changed.
+            outgoing: how many are for each.
+            incoming: how many come from each.
+            phase: what an error calls it.
+
+        Returns:
+            What waits for it and returns what has come, one after the other.
+        """
+        received = sent.new_empty(sum(incoming))
         self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
-        start = partial(self.group.alltoall_base, received, flat, incoming, outgoing, AllToAllOptions())
+        start = partial(self.group.alltoall_base, received, sent, list(incoming), list(outgoing), AllToAllOptions())
         begun: Callable[[], Any]
         try:
             work = start()
@@ -175,7 +192,7 @@ class Collectives:
 
         def wait() -> Tensor:
             self._run(phase, begun)
-            return received.reshape(len(senders), -1)
+            return received
 
         return wait
 

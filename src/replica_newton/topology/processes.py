@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
+from replica_newton.topology.dealing import Dealing
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import (
@@ -100,6 +101,7 @@ class Processes(LastingMembers):
         self._for_gradients = collectives.beside() if self.replicas == collectives.size else collectives
         self._among_workers = collectives.among(self._workers) if self.is_worker else collectives
         self._buckets = Buckets((), torch.float32, len(self._holders))
+        self._dealing: Dealing | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -332,6 +334,20 @@ class Processes(LastingMembers):
             wait = self._all.start_exchange(sent, self._holders, everyone, bucket.width, "shared parameters")
             vector[bucket.elements] = wait().flatten()[: bucket.size]
         return vector
+
+    def dealing(self, hands: Sequence[int]) -> Dealing:
+        """Parameters as they are dealt out to the processes that hold columns.
+
+        Args:
+            hands: number of the holder that gets each, in the order of `lay_out`.
+
+        Returns:
+            How they come there and back.
+        """
+        ranks = tuple(self._holders[hand] for hand in hands)
+        if self._dealing is None or (self._dealing.buckets, self._dealing.hands) != (self._buckets, ranks):
+            self._dealing = Dealing(self._all, self._buckets, ranks)
+        return self._dealing
 
     def total(self, sums: Tensor) -> Tensor:
         """Sum over the processes, those of all shards, the same bits in all of them.

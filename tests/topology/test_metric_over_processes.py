@@ -1,0 +1,80 @@
+"""The rule "metric" over several processes, each of which moves the parameters that are dealt to it."""
+
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from processes import run_processes
+
+from replica_newton.optim.metric import Metric
+from replica_newton.topology.buckets import Buckets
+from replica_newton.topology.dealing import deal
+
+METRIC = {"rule": "metric", "lr": 1.0}
+SIZES = [p.numel() for p in cases.network(torch.float64).parameters()]
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"metric": "kronecker", "plain_closure": True}),
+        (4, {"metric": "kronecker", "normalised": True}),
+        (3, {"metric": "diagonal"}),
+    ],
+    ids=["2-kronecker", "4-normalised", "3-diagonal"],
+)
+def test_processes_train_as_one_process_does(count: int, options: dict, tmp_path: Path) -> None:
+    results = run_processes(tmp_path, count, cases.train, steps=60, **METRIC, **options)
+    options.pop("plain_closure", None)
+    # Replicas one by one: bases of directions without a gradient are made of rounding, which must be the same.
+    alone = cases.train(None, count, steps=60, batched=False, **METRIC, **options)
+    cases.check_parity(results, alone, 1e-10)
+    assert sum(result["state"] for result in results) == alone["state"], "each keeps what it moves, and no more"
+
+
+def test_a_step_sends_hardly_more_than_an_all_reduce(tmp_path: Path) -> None:
+    count = 4
+    runs = []
+    for steps in (3, 5):
+        (tmp_path / str(steps)).mkdir()
+        runs.append(run_processes(tmp_path / str(steps), count, cases.train, steps=steps, plain_closure=True, **METRIC))
+    sent = [
+        {phase: (long["sent"][phase] - short["sent"][phase]) / 2 for phase in long["sent"]}
+        for short, long in zip(*runs, strict=True)
+    ]
+    N = sum(SIZES)
+    width = -(-N // count)
+    assert all(one["gradients"] == (count - 1) * width and one["mean gradient"] <= width for one in sent)
+    assert sum(one["parameters"] for one in sent) == (count - 1) * N
+    assert all(one["inner products"] < 12 * count for one in sent)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_in_any_process(tmp_path: Path) -> None:
+    options = METRIC | {"steps": 8, "poisoned": (3,), "nonfinite": "skip"}
+    results = run_processes(tmp_path, 2, cases.train, **options)
+    cases.check_parity(results, cases.train(None, 2, batched=False, **options), 1e-10)
+    assert [result["skipped"] for result in results] == [1, 1]
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 8])
+def test_dealt_work_is_shared_and_stays_where_it_is_when_more_comes(hands: int) -> None:
+    metric = Metric()
+    work = [metric.work(shape) for shape in ((256, 784), (256,), (256, 256), (256,), (64, 256), (64,), (), (10, 64))]
+    dealt = deal(work, hands)
+    loads = [sum(one for one, hand in zip(work, dealt, strict=True) if hand == of) for of in range(hands)]
+    assert max(loads) <= sum(work) / hands + max(work)
+    assert deal(work[:4], hands) == dealt[:4]
+
+
+@pytest.mark.parametrize("holders", [1, 2, 3, 8])
+def test_pieces_hold_every_element_once_where_its_column_is(holders: int) -> None:
+    sizes = (5, 0, 17, 1, 64, 3)
+    buckets = Buckets(sizes, torch.float32, holders, bucket_bytes=80)
+    vector = torch.arange(1.0, sum(sizes) + 1)
+    parts = [buckets.part(vector, holder) for holder in range(holders)]
+    parameters = [torch.zeros(size) for size in sizes]
+    for piece in buckets.pieces():
+        assert not parameters[piece.parameter][piece.elements].any()
+        parameters[piece.parameter][piece.elements] = parts[piece.holder][piece.columns]
+    assert torch.equal(torch.cat(parameters), vector)
