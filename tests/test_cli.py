@@ -162,6 +162,7 @@ BAD = [
     ("train --topology tree --processes 5 --servers 1", "servers must be 0 for topology tree, got 1"),
     ("train --topology tree --processes 4 --method sgd", "topology must be simulated for method sgd, got tree"),
     ("train --topology tree --processes 4 --method paper-random", "must be simulated for method paper-random"),
+    ("train --topology server --processes 5 --method metric", "must be simulated or tree for method metric"),
     ("train --topology server --processes 1", "got 1 processes and 1 servers"),
     ("train --replicas 8 --servers 1", "servers must be 0 for topology simulated, got 1"),
     ("compare --methods sgd,newton", "method must be one of"),

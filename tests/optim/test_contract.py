@@ -191,6 +191,7 @@ def test_one_replica_is_said_to_be_sgd(caplog: pytest.LogCaptureFixture):
         ({"damping": -1.0}, r"damping=-1\.0 must be finite and >= 0"),
         ({"damping": float("nan")}, "damping=nan must be finite and >= 0"),
         ({"damping": float("inf")}, "damping=inf must be finite and >= 0"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0\.1 must be finite and >= 0"),
         ({"rtol": -0.1}, r"rtol=-0\.1 must be in \[0, 1\)"),
         ({"rtol": 1.0}, r"rtol=1\.0 must be in \[0, 1\)"),
         ({"rtol": float("nan")}, r"rtol=nan must be in \[0, 1\)"),

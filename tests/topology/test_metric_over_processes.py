@@ -20,7 +20,7 @@ SIZES = [p.numel() for p in cases.network(torch.float64).parameters()]
     [
         (2, {"metric": "kronecker", "plain_closure": True}),
         (4, {"metric": "kronecker", "normalised": True}),
-        (3, {"metric": "diagonal"}),
+        (3, {"metric": "diagonal", "weight_decay": 0.1}),
     ],
     ids=["2-kronecker", "4-normalised", "3-diagonal"],
 )

@@ -16,7 +16,16 @@ SIZE = cases.network(torch.float64).first.weight.numel() + 12 + 12 * cases.CLASS
     [
         (2, {"dtype": torch.float64, "plain_closure": True}),
         (4, {"dtype": torch.float64}),
-        (4, {"dtype": torch.float64, "secant_data": "common", "rule": "saddle-free", "damping": 1.0}),
+        (
+            4,
+            {
+                "dtype": torch.float64,
+                "secant_data": "common",
+                "rule": "saddle-free",
+                "damping": 1.0,
+                "weight_decay": 0.1,
+            },
+        ),
         (3, {"dtype": torch.float64, "normalised": True, "secant_data": "common"}),
         (4, {"dtype": torch.float32}),
         (8, {"dtype": torch.float64}),

@@ -20,8 +20,8 @@ from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, 
 
 BATCH, SAMPLES = 32, 100  # three batches, and four samples that are left over
 STEPS = SAMPLES // BATCH
-FIRST_ORDER = ("sgd", "momentum", "adam")
-COMMON_DATA = tuple(name for name in METHODS if name not in (*FIRST_ORDER, "paper"))
+TOGETHER = ("sgd", "momentum", "adam", "metric")
+COMMON_DATA = tuple(name for name in METHODS if name not in (*TOGETHER, "paper"))
 
 
 class _Recorder:

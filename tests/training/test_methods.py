@@ -8,8 +8,8 @@ from replica_newton.optim import ReplicaNewton
 from replica_newton.topology import Simulated
 from replica_newton.training.methods import METHODS
 
-FIRST_ORDER = ("sgd", "momentum", "adam")
-PARTING = tuple(name for name in METHODS if name not in FIRST_ORDER)
+TOGETHER = ("sgd", "momentum", "adam", "metric")
+PARTING = tuple(name for name in METHODS if name not in TOGETHER)
 RATE = 0.05
 
 
@@ -63,7 +63,7 @@ def test_makes_an_optimizer_of_all_parameters_at_the_given_rate(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_says_what_it_does_and_has_a_rate_of_its_own(name):
     assert METHODS[name].description
-    assert 0.0 < METHODS[name].learning_rate < 1.0
+    assert 0.0 < METHODS[name].learning_rate <= 1.0
 
 
 def test_sgd_steps_along_the_gradient():
@@ -89,11 +89,21 @@ def test_adam_starts_with_steps_of_its_rate():
     torch.testing.assert_close(problem.vector, before - RATE * gradient.sign(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_the_metric_starts_with_steps_of_a_share_of_the_weights_size():
+    problem = Problem()
+    before, gradient = problem.vector, problem.gradient()
+    problem.steps("metric", 1, 1)
+    size = 0.3 * float(before.square().mean().sqrt()) / 20
+    for start, end in ((0, 6), (6, 8)):  # weight and bias have units of their own
+        unit = gradient[start:end] / gradient[start:end].square().mean().sqrt()
+        torch.testing.assert_close(problem.vector[start:end], before[start:end] - RATE * size * unit)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
 def test_number_of_replicas_changes_nothing_for_methods_that_do_not_part_them(name):
     one, four = Problem(), Problem()
     assert one.steps(name, 1, 3)[1] == four.steps(name, 4, 3)[1] == [8, 8, 8]
-    assert torch.equal(one.vector, four.vector)
+    torch.testing.assert_close(one.vector, four.vector)
     assert not METHODS[name].parts_replicas
 
 

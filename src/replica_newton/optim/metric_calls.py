@@ -44,8 +44,8 @@ class MetricCalls(Calls):
             gradients = [None if p.grad is None else signs[id(p)] * p.grad for p in parameters]
         rates = self._rates()
         given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        moved = [Moved(p, g, rates[id(p)], self.state[p]) for p, g in given]
-        metric_step.take(moved, max(rates.values()), self.topology.total)
+        moved = [Moved(p, g, *rates[id(p)], self.state[p]) for p, g in given]
+        metric_step.take(moved, max(rates.values())[0], self.topology.total)
         self.topology.prepared(stepped=True)
         self._settled()
 
@@ -66,8 +66,8 @@ class MetricCalls(Calls):
         rates, moved = self._rates(), []
         for place, gradient in zip(dealing.mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]
-            moved.append(Moved(parameter, gradient.view(parameter.shape), rates[id(parameter)], self.state[parameter]))
-        metric_step.take(moved, max(rates.values()), evaluation.report.total)
+            moved.append(Moved(parameter, gradient.view(parameter.shape), *rates[id(parameter)], self.state[parameter]))
+        metric_step.take(moved, max(rates.values())[0], evaluation.report.total)
         self._outcome = evaluation.report.losses.mean().to(parameters[0])
         for place in set(range(len(parameters))).difference(dealing.mine):
             self.state.pop(parameters[place], None)  # of a checkpoint that other processes saved
@@ -75,9 +75,14 @@ class MetricCalls(Calls):
         self._settled()
         dealing.share(parameters)
 
-    def _rates(self) -> dict[int, float]:
-        """Rates of the parameters that are trained, by their id."""
-        return {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"] if p.requires_grad}
+    def _rates(self) -> dict[int, tuple[float, float]]:
+        """Rate and weight decay of the parameters that are trained, by their id."""
+        return {
+            id(p): (float(group["lr"]), group["weight_decay"])
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        }
 
     def _evaluate(self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, data: Data) -> Evaluation:
         """Losses and gradients of what is minimised: negated if a group maximizes."""

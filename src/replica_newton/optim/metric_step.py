@@ -12,16 +12,17 @@ from replica_newton.topology import Topology, TreeReduction
 
 
 class Moved(NamedTuple):
-    """A parameter, its gradient of what is minimised, its relative rate, and what is kept of its past."""
+    """A parameter, its gradient of what is minimised, its group's rate and decay, and what is kept of its past."""
 
     parameter: Tensor
     gradient: Tensor
     relative: float
+    decay: float
     state: dict[str, Any]
 
 
 class MetricStep:
-    """The rule "metric": `w ← w − lr · η_t · U_t`, with U of `Metric` and η of `DistanceRate`.
+    """The rule "metric": `w ← (1 − lr η_t λ) w − lr η_t U_t`, with U of `Metric` and η of `DistanceRate`.
 
     Args:
         metric: which coordinates, and the averages in them.
@@ -61,10 +62,10 @@ class MetricStep:
             last, before_last = (slope / square**0.5 if square else 0.0 for slope, square in pairs)
             self.rate.observe(last, before_last, largest)
         rate = self.rate((squared_size / elements) ** 0.5)
-        for parameter, gradient, relative, state in moved:
+        for parameter, gradient, relative, decay, state in moved:
             unit = self.metric.unit_step(state, gradient)
             state["before_last"], state["last"] = state.get("last", unit), unit
-            parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
+            parameter.mul_(1.0 - relative * rate * decay).add_(unit.to(parameter.dtype), alpha=-relative * rate)
 
     def _sums(self, moved: Sequence[Moved]) -> Tensor:
         """What must be known of all parameters.
@@ -74,7 +75,7 @@ class MetricStep:
             before the slope down it and its squared length, every parameter weighted by its relative rate.
         """
         sums = torch.zeros(7, dtype=torch.float64, device=moved[0].gradient.device if moved else None)
-        for parameter, gradient, relative, state in moved:
+        for parameter, gradient, relative, _, state in moved:
             size = torch.linalg.vector_norm(parameter, dtype=torch.float64)
             numbers = [(~torch.isfinite(gradient)).any().double(), size.square()]
             for name in ("last", "before_last") if "last" in state else ():

@@ -69,6 +69,8 @@ class ReplicaNewton(MetricCalls):
             `torch.nn.utils.clip_grad_norm_` does it, over all parameters. The local steps by which replicas part are
             shortened alike. The secants are not: they compare the gradients as they are, or their curvature would be
             that of no function. None clips nothing.
+        weight_decay: λ >= 0; may differ by group. Every step also multiplies the shared parameters by `1 − lr λ`, for
+            the rule "metric" by `1 − lr η λ` with the η of `DistanceRate`. Neither gradients nor secants know of it.
         maximize: ascend instead of descend; everything is then that of the negated loss.
         nonfinite: what a step does whose loss or gradient is not finite in any replica. "stop" raises
             `FloatingPointError`, "skip" goes on to the next step, and raises it only when more than 20 in a row come to
@@ -84,7 +86,8 @@ class ReplicaNewton(MetricCalls):
         ValueError: if an option is out of range.
 
     Source:
-        Arnold and Wang (2017), arXiv 1709.05069; Dauphin et al. (2014), arXiv 1406.2572, for "saddle-free".
+        Arnold and Wang (2017), arXiv 1709.05069; Dauphin et al. (2014), arXiv 1406.2572, for "saddle-free"; Loshchilov
+        and Hutter (2019), arXiv 1711.05101, for the weight decay.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class ReplicaNewton(MetricCalls):
         damping: float = 0.0,
         rtol: float = DEFAULT_RTOL,
         max_norm: float | None = None,
+        weight_decay: float = 0.0,
         maximize: bool = False,
         nonfinite: Nonfinite = "stop",
     ) -> None:
@@ -130,13 +134,18 @@ class ReplicaNewton(MetricCalls):
         self.max_norm = max_norm
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
-        super().__init__(params, {"lr": lr, "maximize": maximize}, topology, nonfinite)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, topology, nonfinite)
         if self.topology.replicas == 1 and self.metric_step is None:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "metric_step", "spread", "secant_data", "damping", "rtol", "max_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("weight_decay", 0.0)  # states of before there was one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`.
@@ -198,6 +207,9 @@ class ReplicaNewton(MetricCalls):
             self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
+        kept = self._by_element(
+            parameters, [1.0 - float(group["lr"]) * group["weight_decay"] for group in self.param_groups]
+        )
         evaluation = self._evaluate(closure or given_gradients(parameters), parameters, W, "own")
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
@@ -208,10 +220,10 @@ class ReplicaNewton(MetricCalls):
             # Shorter rates are shorter gradients for all but the secants.
             rates = rates * _clipping(evaluation.report.norm, self.max_norm)
         if closure is None:
-            self._settle(parameters, _moved(shared, mean, rates), W)
+            self._settle(parameters, _moved(shared, kept, mean, rates), W)
             return
         step = self.state[parameters[0]].get("step", 0)
-        shared = _moved(shared, self._direction(mean, rates), rates)
+        shared = _moved(shared, kept, self._direction(mean, rates), rates)
         W = self.spread.displacements(evaluation.gradients, rates, step)
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
@@ -340,12 +352,15 @@ class ReplicaNewton(MetricCalls):
             clipping = _clipping(float(norm), self.max_norm)
         for parameter, gradient, group in given:
             sign = 1 if group["maximize"] else -1
+            parameter.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
             parameter.add_(gradient, alpha=sign * clipping * float(group["lr"]))
 
 
 def _check_group(group: dict[str, Any]) -> None:
     if not 0.0 <= float(group["lr"]) < float("inf"):
         raise ValueError(f"lr={group['lr']} must be finite and >= 0")
+    if not 0.0 <= group["weight_decay"] < float("inf"):
+        raise ValueError(f"weight_decay={group['weight_decay']} must be finite and >= 0")
     for parameter in group["params"]:
         if parameter.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(f"parameters must be dense and real, got {parameter.layout}, {parameter.dtype}")
@@ -356,8 +371,10 @@ def _clipping(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-def _moved(shared: Tensor, direction: Tensor, rates: Tensor | float) -> Tensor:
-    """`w − α d`, in one pass."""
+def _moved(shared: Tensor, kept: Tensor | float, direction: Tensor, rates: Tensor | float) -> Tensor:
+    """`(1 − α λ) w − α d`, in one pass where there is no decay."""
+    if isinstance(kept, Tensor) or kept != 1.0:
+        shared = shared * kept
     if isinstance(rates, Tensor):
         return torch.addcmul(shared, rates, direction, value=-1)
     return torch.add(shared, direction, alpha=-rates)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from replica_newton.optim import ReplicaNewton
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Topology
+from replica_newton.topology.estimate import Kind
 from replica_newton.topology.simulated import Data
 
+EVERYWHERE = get_args(Kind)
 Make = Callable[[Iterable[nn.Parameter], float, Topology], Optimizer]
 
 
@@ -27,14 +30,14 @@ class Method:
         parts_replicas: whether replicas stand at different parameters; where they do not, their number changes
             nothing and the method is run with one.
         make: optimizer of (parameters, rate, topology).
-        over_processes: whether replicas can live in processes of their own.
+        topologies: where its replicas can live.
     """
 
     description: str
     learning_rate: float
     parts_replicas: bool
     make: Make
-    over_processes: bool = False
+    topologies: tuple[Kind, ...] = ("simulated",)
 
 
 def _replica_newton(
@@ -63,10 +66,14 @@ METHODS: dict[str, Method] = {
         0.05,
         True,
         _replica_newton("paper", LocalStep, "own"),
-        True,
+        EVERYWHERE,
     ),
     "paper-common": Method(
-        "the paper's step, secants on one common shard", 0.1, True, _replica_newton("paper", LocalStep, "common"), True
+        "the paper's step, secants on one common shard",
+        0.1,
+        True,
+        _replica_newton("paper", LocalStep, "common"),
+        EVERYWHERE,
     ),
     "paper-random": Method(
         "control: as paper-common, replicas displaced in random directions",
@@ -80,6 +87,13 @@ METHODS: dict[str, Method] = {
         0.1,
         True,
         _replica_newton("saddle-free", LocalStep, "common", damping=1.0),
-        True,
+        EVERYWHERE,
+    ),
+    "metric": Method(
+        "steps of unit size in a Kronecker metric, at a rate from the size of the weights, times LEARNING_RATE",
+        1.0,
+        False,
+        lambda w, rate, topology: ReplicaNewton(w, rate, rule="metric", topology=topology),
+        ("simulated", "tree"),
     ),
 }

@@ -74,8 +74,9 @@ class RunConfig:
             f"topology must be one of {', '.join(get_args(Kind))}, got {self.topology!r}",
         )
         _require(
-            self.topology == "simulated" or METHODS[self.method].over_processes,
-            f"topology must be simulated for method {self.method}, got {self.topology}",
+            self.topology in METHODS[self.method].topologies,
+            f"topology must be {' or '.join(METHODS[self.method].topologies)} for method {self.method}, "
+            f"got {self.topology}",
         )
         _require(
             self.servers >= 1 if self.topology == "server" else self.servers == 0,
@@ -97,7 +98,8 @@ class RunConfig:
     @property
     def label(self) -> str:
         """The run in a few words."""
-        replicas = f", M = {self.replicas}" if METHODS[self.method].parts_replicas else ""
+        several = METHODS[self.method].parts_replicas or self.topology != "simulated"
+        replicas = f", M = {self.replicas}" if several else ""
         topology = "" if self.topology == "simulated" else f", {self.topology}"
         return f"{self.method}{replicas}, rate {self.learning_rate:g}, seed {self.seed}{topology}"
 
