@@ -96,9 +96,8 @@ best share of the distance falls with the length of training and rises with the 
 batch 2048 tuned SOAP is ahead; a larger share would have been better at all short budgets, a smaller one at the long
 one. A network that begins a thousand times too small takes hundreds of steps to grow.
 
-Replicas must live in one process. Over processes, the diagonal and identity metrics work on any columns and need two
-sums more a step; the Kronecker metric works on whole matrices, so its factors have to be dealt out by parameter rather
-than by column, as Distributed Shampoo deals them, and unit steps gathered.
+Replicas live in one process or in a `TreeReduction`; over processes, the metric works on whole matrices, so parameters
+are dealt out, as Distributed Shampoo deals them ([topologies.md](topologies.md#the-rule-metric-whole-parameters)).
 
 On digits the best rates of SOAP, Adam and momentum are the largest of those tried, so larger ones may be better still.
 

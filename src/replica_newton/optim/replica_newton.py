@@ -59,8 +59,8 @@ class ReplicaNewton(MetricCalls):
         rule: which inverse the step uses, or "metric".
         metric: coordinates of the rule "metric".
         topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
-            `Simulated(1)`, the default, has no curvature: plain SGD. The rule "metric" needs its replicas in one
-            process.
+            `Simulated(1)`, the default, has no curvature: plain SGD. The rule "metric" takes either of these, and
+            over processes each of them moves the parameters that are dealt to it (see `Dealing`).
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
