@@ -407,6 +407,10 @@ def test_train_with_a_monitor_and_a_tracker_writes_what_they_saw_and_goes_on(inv
     assert [one["train_nll"] for one in logged if "train_nll" in one] == [
         m["train_nll"] for m in metrics(tmp_path / "run")
     ]
+    page = (tmp_path / "run/curvature.html").read_text()
+    assert "4 probes" in page
+    assert page.count("<svg") == 1
+    assert (tmp_path / "run/curvature.png").read_bytes()[1:4] == b"PNG"
     assert invoke("train --method sgd --out plain --epochs 2", *SMALL).status == 0
     assert timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "plain"))
 

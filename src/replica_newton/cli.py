@@ -25,7 +25,7 @@ from replica_newton.report.html import write_report
 from replica_newton.report.progress import TrainingProgress
 from replica_newton.report.summary import headline
 from replica_newton.report.tables import load_table, results_table
-from replica_newton.report.watching import check_trackers, watching
+from replica_newton.report.watching import check_trackers, report_curvature, watching
 from replica_newton.topology import Simulated, TopologyError
 from replica_newton.topology.estimate import estimate as estimate_load
 from replica_newton.topology.processes import Processes
@@ -196,7 +196,7 @@ def train(
         completed = len(state.history) * (len(loaded.train_labels) // config.batch_size) + state.progress.steps
         trackers = tracker if tracker and speaks else []
         with (
-            watching(config, folder, completed, monitor=monitor, trackers=trackers) as looking_on,
+            watching(folder, completed, monitor=monitor, trackers=trackers) as looking_on,
             GracefulExit() as graceful,
             _progress(console, looking_on.panel) as progress,
         ):
@@ -217,6 +217,9 @@ def train(
             if graceful.leaving and speaks:
                 sys.stderr.write(f"replica-newton: terminated in epoch {len(state.history) + 1}; go on by --resume\n")
         console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
+        drawn = report_curvature(config, folder, _environment()) if monitor is not None else None
+        if drawn is not None:
+            console.print(f"Curvature: {drawn}", highlight=False, soft_wrap=True)
 
 
 @app.command(

@@ -74,7 +74,7 @@ def test_a_resumed_run_goes_on_with_the_number_of_its_steps(digits: Dataset):
 def test_as_many_replicas_probe_as_divide_the_batch(samples: int, replicas: int):
     model, seen = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), []
     watch = CurvatureWatch(1, lambda _, what: seen.append(what))
-    watch.start(model, 0)
+    watch.start(model, torch.optim.SGD(model.parameters(), 0.1), 0)
     for _ in range(-(-RANK // replicas)):
         watch.observe(model, torch.randn(samples, 3), torch.randint(3, (samples,)))
     assert [len(what.eigenvalues) for what in seen] == [0] * (len(seen) - 1) + [RANK]
@@ -83,7 +83,7 @@ def test_as_many_replicas_probe_as_divide_the_batch(samples: int, replicas: int)
 def test_a_gradient_that_is_not_finite_is_not_reported_and_does_not_end_the_run(caplog: pytest.LogCaptureFixture):
     model, seen = nn.Linear(3, 3), []
     watch = CurvatureWatch(1, lambda step, _: seen.append(step))
-    watch.start(model, 0)
+    watch.start(model, torch.optim.SGD(model.parameters(), 0.1), 0)
     watch.observe(model, torch.full((8, 3), float("inf")), torch.zeros(8, dtype=torch.long))
     watch.observe(model, torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
     assert seen == [2]
@@ -119,4 +119,5 @@ def test_values_of_an_observation_are_numbered_from_one(digits: Dataset):
     values = curvature_values(seen[-1])
     assert values["curvature/sharpness"] == seen[-1].sharpness
     assert values["curvature/eigenvalue_8"] == float(seen[-1].eigenvalues[7])
-    assert len(values) == 3 + 8
+    assert values["curvature/stability_ratio"] == pytest.approx(seen[-1].sharpness * 0.1 / 2.0)
+    assert len(values) == 5 + 8

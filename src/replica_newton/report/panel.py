@@ -22,15 +22,11 @@ _MARGIN = _LABEL + _VALUE + 6  # borders and padding too
 class CurvaturePanel:
     """Renderable of rich that shows the newest observation, and the way there.
 
-    The limit is the sharpness at which gradient descent at the present rate stops being stable, `2/rate`, with heavy
-    ball momentum β `2 (1 + β)/rate` (Cohen et al. 2021). Sharpness is drawn as a bar against it; ▏ is the limit.
-
-    Args:
-        limit: largest stable sharpness; None where there is none, as for Adam.
+    Where the monitor knows the limit of stability of the optimizer, in its metric, curvature is drawn as a bar against
+    it; ▏ is the limit.
     """
 
-    def __init__(self, limit: float | None = None) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._seen: CurvatureObservation | None = None
         self._step = 0
         self._losses: deque[float] = deque(maxlen=_HISTORY)
@@ -66,8 +62,9 @@ class CurvaturePanel:
         sharpness = list(self._sharpness)
         newest = sharpness[-1] if sharpness else math.nan
         grid.add_row("sharpness", _number(newest), Text(_sparkline(sharpness, width)))
-        if self._limit is not None:
-            grid.add_row("limit", _number(self._limit), self._against_limit(newest, width))
+        if self._seen is not None and self._seen.stability_ratio is not None:
+            ratio = self._seen.stability_ratio
+            grid.add_row("of limit", f"{ratio:.0%}" if math.isfinite(ratio) else MISSING, _against_limit(ratio, width))
         for i, (value, error) in enumerate(self._pairs(), start=1):
             grid.add_row(f"θ{i}", _number(value), self._eigenvalue_bar(value, error, width))
         title = f"curvature at step {self._step}" if self._seen is not None else "curvature: no probe yet"
@@ -78,22 +75,6 @@ class CurvaturePanel:
             return []
         return list(zip(self._seen.eigenvalues.tolist(), self._seen.residuals.tolist(), strict=True))
 
-    def _against_limit(self, sharpness: float, width: int) -> Text:
-        """A bar whose right third lies beyond the limit."""
-        limit = self._limit or math.inf
-        place = 2 * width // 3
-        share = sharpness / limit if sharpness > 0.0 else 0.0
-        bar = _bar(min(share * place / width, 1.0), width).ljust(width)
-        colour = "red" if share > 1.0 else "yellow" if share > 0.8 else "green"
-        text = Text(bar[:place], style=colour)
-        text.append("▏" if bar[place] == " " else bar[place], style="bold")
-        text.append(bar[place + 1 :], style=colour)
-        note = f" {share:.0%}" if math.isfinite(share) else ""
-        if len(bar.rstrip()) + len(note) <= width:
-            text.truncate(width - len(note))
-            text.append(note, style="dim")
-        return text
-
     def _eigenvalue_bar(self, value: float, error: float, width: int) -> Text:
         """Length by magnitude, colour by sign; dim where the residual is larger than the value."""
         largest = max((abs(one) for one, _ in self._pairs() if math.isfinite(one)), default=0.0)
@@ -102,21 +83,16 @@ class CurvaturePanel:
         return Text(bar, style=f"dim {colour}" if error > abs(value) else colour)
 
 
-def stability_limit(method: str, learning_rate: float) -> float | None:
-    """Largest sharpness at which a method is stable on a quadratic.
-
-    Args:
-        method: name of a training method.
-        learning_rate: its rate.
-
-    Returns:
-        `2/rate` for SGD, `2 (1 + 0.9)/rate` for SGD with momentum 0.9, None for methods with a metric of their own.
-
-    Source:
-        Cohen et al. (2021), arXiv 2103.00065.
-    """
-    momentum = {"sgd": 0.0, "momentum": 0.9}.get(method)
-    return None if momentum is None else 2.0 * (1.0 + momentum) / learning_rate
+def _against_limit(ratio: float, width: int) -> Text:
+    """A bar whose right third lies beyond the limit."""
+    place = 2 * width // 3
+    share = ratio if math.isfinite(ratio) and ratio > 0.0 else 0.0
+    bar = _bar(min(share * place / width, 1.0), width).ljust(width)
+    colour = "red" if share > 1.0 else "yellow" if share > 0.8 else "green"
+    text = Text(bar[:place], style=colour)
+    text.append("▏" if bar[place] == " " else bar[place], style="bold")
+    text.append(bar[place + 1 :], style=colour)
+    return text
 
 
 def _number(value: float) -> str:

@@ -1,13 +1,16 @@
 """Everything that looks on while a run trains: the monitor with its panel and file, and the trackers."""
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from replica_newton.monitor import CurvatureObservation
-from replica_newton.report.panel import CurvaturePanel, stability_limit
+from replica_newton.report.curvature import load_curvature
+from replica_newton.report.html import write_curvature_report
+from replica_newton.report.panel import CurvaturePanel
 from replica_newton.trackers import TRACKERS, JsonLinesTracker, Tracker, missing_package
 from replica_newton.training.loop import Observer
 from replica_newton.training.run import RunConfig, RunError
@@ -60,13 +63,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def watching(
-    config: RunConfig, folder: Path, completed_steps: int, *, monitor: int | None, trackers: Sequence[str]
-) -> Iterator[Watching]:
+def watching(folder: Path, completed_steps: int, *, monitor: int | None, trackers: Sequence[str]) -> Iterator[Watching]:
     """Open what looks on, and close it at the end.
 
     Args:
-        config: of the run.
         folder: of the run.
         completed_steps: steps taken before.
         monitor: steps from one probe to the next, None for no monitor.
@@ -84,10 +84,25 @@ def watching(
             return
         lines = JsonLinesTracker(folder / CURVATURE, first_step=completed_steps)
         logs: list[Tracker] = [stack.enter_context(closing(lines)), *opened]
-        panel = CurvaturePanel(stability_limit(config.method, config.learning_rate or 0.0))
+        panel = CurvaturePanel()
 
         def report(step: int, seen: CurvatureObservation) -> None:
             panel.observe(step, seen)
             log_finite(logs, step, curvature_values(seen))
 
         yield Watching(opened, panel, CurvatureWatch(monitor, report))
+
+
+def report_curvature(config: RunConfig, folder: Path, environment: Mapping[str, str]) -> Path | None:
+    """Draw what the monitor has seen of a run.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        environment: what the numbers were computed with.
+
+    Returns:
+        Path of the report; None if the monitor has seen nothing.
+    """
+    seen = load_curvature(folder / CURVATURE)
+    return write_curvature_report(seen, asdict(config), folder, environment) if seen else None

@@ -24,7 +24,7 @@ PEER_NAMES = {
     "replica-newton": "ReplicaNewton, no rate given",
     "saddle-free": "saddle-free step",
 }
-_UNTUNED = {method for method, *_ in UNTUNED}
+UNTUNED_ROLES = {method for method, *_ in UNTUNED}
 
 
 def findings(plan: Plan, results: Results) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def peer_records(plan: Plan, results: Results, dataset: str, best: Candidate) ->
     named = {}
     for role, request in requests.items():
         record = _record(results, request)
-        rate = "" if role in _UNTUNED else f", rate {request.experiment.rate:g}"
+        rate = "" if role in UNTUNED_ROLES else f", rate {request.experiment.rate:g}"
         name = PEER_NAMES.get(role, f"{role} reading, M = {request.experiment.replicas}")
         named[role] = (name + rate, record)
     return named

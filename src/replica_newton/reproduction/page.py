@@ -23,6 +23,7 @@ from replica_newton.reproduction.curve_figures import (
 from replica_newton.reproduction.design import Candidate
 from replica_newton.reproduction.findings import (
     PEER_NAMES,
+    UNTUNED_ROLES,
     figure2_curves,
     findings,
     panel_curves,
@@ -110,6 +111,7 @@ def page_text(plan: Plan, results: Results, found: dict[str, Any], command: str)
         quick=plan.extent.train_limit is not None,
         tuning_epochs=plan.extent.tuning_epochs,
         peer_names=PEER_NAMES,
+        untuned=UNTUNED_ROLES,
         reading=reading_named(found["search"]["best"]["reading"]),
         findings=found,
         surfaces=measured["surfaces"],

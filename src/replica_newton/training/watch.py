@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
 from replica_newton.topology import Simulated
@@ -37,14 +38,15 @@ class CurvatureWatch:
         self._monitor: CurvatureMonitor | None = None
         self._step = 0
 
-    def start(self, model: nn.Module, completed_steps: int) -> None:
+    def start(self, model: nn.Module, optimizer: Optimizer, completed_steps: int) -> None:
         """A run starts or goes on; the tracked space begins anew.
 
         Args:
             model: that is trained.
+            optimizer: by which.
             completed_steps: steps taken before.
         """
-        self._monitor = CurvatureMonitor(model, rank=RANK, every=self._every)
+        self._monitor = CurvatureMonitor(model, rank=RANK, every=self._every, optimizer=optimizer)
         self._step = completed_steps
 
     def observe(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -129,13 +131,16 @@ def curvature_values(seen: CurvatureObservation) -> dict[str, float | None]:
         seen: what was seen.
 
     Returns:
-        Sharpness, captured fraction, noise scale, and the eigenvalues, numbered from 1.
+        Sharpness, that in the optimizer's metric, its part of what is stable, captured fraction, noise scale, and the
+        eigenvalues, numbered from 1.
     """
     values = {f"eigenvalue_{i}": value for i, value in enumerate(seen.eigenvalues.tolist(), start=1)}
     return {
         f"curvature/{name}": value
         for name, value in {
             "sharpness": seen.sharpness,
+            "preconditioned_sharpness": seen.preconditioned_sharpness,
+            "stability_ratio": seen.stability_ratio,
             "captured_gradient_fraction": seen.captured_gradient_fraction,
             "gradient_noise_scale": seen.gradient_noise_scale,
             **values,
