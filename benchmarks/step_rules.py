@@ -1,7 +1,7 @@
 """Rules for the step side by side: an untuned one and its variants, and peers at several rates, on small tasks.
 
 Runs are kept in `docs/results/step_rules.jsonl`, one a line, and never repeated; `docs/step_rules.md` is written from
-them. A run's budget is a number of gradient evaluations, probes and all; its relative rate falls along half a cosine.
+them. A run's budget is a number of gradient evaluations, probes and all; rates of peers fall along half a cosine of it.
 
     python benchmarks/step_rules.py --data FOLDER          # FOLDER holds mnist.npz and cifar10.npz; about half an hour
     python benchmarks/step_rules.py --task digits          # a minute, no files needed
@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from step_rules_page import Key, Record, best_rate, write_page
 from step_rules_tried import RULES
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
+from replica_newton import ReplicaNewton
 from replica_newton.training.datasets import Dataset, load_dataset
 from replica_newton.training.loop import batches
 from replica_newton.training.models import Activation, reference_convnet
@@ -31,6 +34,7 @@ RESULTS = Path("docs/results/step_rules.jsonl")
 PAGE = Path("docs/step_rules.md")
 SEEDS = (0, 1, 2)
 SLOPES_EVERY = 10
+RISE = 20
 
 
 @dataclass(frozen=True)
@@ -182,13 +186,21 @@ def train(key: Key, data: Dataset) -> Record:
     trainer = Trainer(module, data.train_inputs, data.train_labels)
     optimizer = rule.make(module.parameters(), key.rate)
     adapt = rule.adapt() if rule.adapt else None
+    by_us = rule.averaged and not isinstance(optimizer, ReplicaNewton)
+    average = AveragedModel(module, avg_fn=_averaged) if by_us else None
     budget = len(data.train_labels) // task.batch_size * task.batch_size * task.epochs
     start, first, slopes = time.process_time(), math.nan, list[tuple[float, float]]()
     for step, indices in enumerate(_endless(len(data.train_labels), task.batch_size, key.seed)):
         spent = trainer.evaluated / budget
         if spent >= 1.0:
             break
-        factor = 0.5 * (1.0 + math.cos(math.pi * spent)) if rule.scheduled else 1.0
+        match rule.schedule:
+            case "cosine":
+                factor = 0.5 * (1.0 + math.cos(math.pi * spent))
+            case "root":
+                factor = min((step + 1) / RISE, (RISE / (step + 1)) ** 0.5)
+            case "own":
+                factor = 1.0
         loss = trainer.backward(indices, rule.shards)
         first = loss if step == 0 else first
         if not loss <= 100.0 * first:
@@ -201,7 +213,16 @@ def train(key: Key, data: Dataset) -> Record:
             group["lr"] = (1.0 if rule.relative else key.rate) * factor
         trainer.remember()
         optimizer.step()
-    return _record(key, whole_loss(module, data), slopes, trainer, start)
+        if average is not None:
+            average.update_parameters(module)
+    with optimizer.averaged() if isinstance(optimizer, ReplicaNewton) and rule.averaged else nullcontext():
+        loss = whole_loss(module if average is None else average.module, data)
+    return _record(key, loss, slopes, trainer, start)
+
+
+def _averaged(average: Tensor, point: Tensor, count: Tensor | int) -> Tensor:
+    """As the optimizer's own average; `count` points are in it already."""
+    return average.lerp(point, 9.0 / (int(count) + 9.0))
 
 
 def _record(key: Key, loss: float, slopes: list[tuple[float, float]], trainer: Trainer, start: float) -> Record:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Measures(Protocol):
         ...
 
 
+Schedule = Literal["cosine", "root", "own"]
 Adapt = Callable[[Measures, int, Tensor, float], float]
 
 
@@ -44,7 +45,8 @@ class Rule:
         adapt: makes what multiplies the rate at every step.
         probes: whether `adapt` spends gradients.
         shards: parts of the batch whose gradients are kept.
-        scheduled: whether the rate falls.
+        schedule: how the rate falls: along half a cosine of the budget; up to step 20 and down like 1/√t; by itself.
+        averaged: whether it is evaluated at the average over the last ninth of all steps.
         every_seed: whether it is worth all seeds.
     """
 
@@ -56,18 +58,34 @@ class Rule:
     adapt: Callable[[], Adapt] | None = None
     probes: bool = False
     shards: int = 1
-    scheduled: bool = True
+    schedule: Schedule = "cosine"
+    averaged: bool = False
     every_seed: bool = True
 
 
-def _ours(metric: MetricName) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
+class ConstantShare(DistanceRate):
+    """The rate without its fall: a share of the distance, warmed up. For a schedule of the trainer's."""
+
+    def __call__(self, size: float) -> float:
+        """See `DistanceRate`."""
+        rate, time = super().__call__(size), self._steps / self.warm_up
+        return rate * math.sqrt(max(1.0, time))
+
+
+def _ours(
+    metric: MetricName = "kronecker", rate: Callable[..., DistanceRate] = ConstantShare
+) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
     def make(parameters: Iterable[nn.Parameter], share: float) -> Optimizer:
         optimizer = ReplicaNewton(parameters, rule="metric", metric=metric)
         if optimizer.metric_step is not None:
-            optimizer.metric_step.rate = DistanceRate(share=share)
+            optimizer.metric_step.rate = rate(share=share)
         return optimizer
 
     return make
+
+
+def _untuned(metric: MetricName) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
+    return _ours(metric, DistanceRate)
 
 
 def _peer(name: str, **options: Any) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
@@ -120,7 +138,15 @@ class SignalScaled:
 
 
 RULES: dict[str, Rule] = {
-    "metric": Rule('`ReplicaNewton(rule="metric")`, untuned', (SHARE,), _ours("kronecker"), True, True),
+    "metric": Rule(
+        '`ReplicaNewton(rule="metric")`, untuned, no schedule',
+        (SHARE,),
+        _untuned("kronecker"),
+        True,
+        True,
+        schedule="own",
+        averaged=True,
+    ),
     "soap": Rule(
         "SOAP, bases anew every 5 steps, best rate", (0.01, 0.03, 0.1), _peer("SOAP", precondition_frequency=5)
     ),
@@ -129,13 +155,67 @@ RULES: dict[str, Rule] = {
         "SGD, momentum 0.9, best rate", (0.03, 0.1, 0.3, 1.0), lambda w, rate: torch.optim.SGD(w, rate, momentum=0.9)
     ),
     "prodigy": Rule("Prodigy, untuned", (1.0,), _peer("Prodigy")),
-    "share": Rule('as "metric", best share of the distance', (0.15, 0.6, 1.2), _ours("kronecker"), False, True),
-    "diagonal": Rule('as "metric", diagonal metric', (SHARE,), _ours("diagonal"), True, True, every_seed=False),
-    "identity": Rule('as "metric", identity metric', (SHARE,), _ours("identity"), True, True, every_seed=False),
-    "steered": Rule(
-        f'as "metric", steered by paired probes every {PROBE_EVERY} steps',
+    "soap-root": Rule(
+        "SOAP, best rate, rising and falling as ours does, averaged",
+        (0.03, 0.1, 0.3),
+        _peer("SOAP", precondition_frequency=5),
+        schedule="root",
+        averaged=True,
+        every_seed=False,
+    ),
+    "adam-root": Rule(
+        "Adam, best rate, rising and falling as ours does, averaged",
+        (0.01, 0.03, 0.1),
+        torch.optim.Adam,
+        schedule="root",
+        averaged=True,
+        every_seed=False,
+    ),
+    "last": Rule(
+        'as "metric", at its last point',
         (SHARE,),
-        _ours("kronecker"),
+        _untuned("kronecker"),
+        True,
+        True,
+        schedule="own",
+        every_seed=False,
+    ),
+    "half": Rule(
+        'as "metric", half or twice the share of the distance',
+        (SHARE / 2, 2 * SHARE),
+        _untuned("kronecker"),
+        True,
+        True,
+        schedule="own",
+        averaged=True,
+        every_seed=False,
+    ),
+    "diagonal": Rule(
+        'as "metric", diagonal metric',
+        (SHARE,),
+        _untuned("diagonal"),
+        True,
+        True,
+        schedule="own",
+        averaged=True,
+        every_seed=False,
+    ),
+    "identity": Rule(
+        'as "metric", identity metric',
+        (SHARE,),
+        _untuned("identity"),
+        True,
+        True,
+        schedule="own",
+        averaged=True,
+        every_seed=False,
+    ),
+    "cosine": Rule('as "metric", 0.3 of the distance along a cosine, last point', (0.3,), _ours(), True, True),
+    "share": Rule('as "cosine", best share of the distance', (0.15, 0.6, 1.2), _ours(), False, True, every_seed=False),
+    "steered": Rule(
+        f'as "cosine", steered by paired probes every {PROBE_EVERY} steps',
+        (0.3,),
+        _ours(),
         True,
         True,
         Steered,
@@ -143,9 +223,9 @@ RULES: dict[str, Rule] = {
         every_seed=False,
     ),
     "signal": Rule(
-        f'as "metric", times the root of the signal fraction, {SHARDS} replicas, twice the share',
-        (2 * SHARE,),
-        _ours("kronecker"),
+        f'as "cosine", times the root of the signal fraction, {SHARDS} replicas, twice the share',
+        (0.6,),
+        _ours(),
         True,
         True,
         SignalScaled,

@@ -105,9 +105,11 @@ def train(
             together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
         for group in optimizer.param_groups:
             group["lr"] *= decay
-    optimizer.synchronise()
+    with optimizer.averaged():
+        averaged = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     optimizer.close()
     return {
+        "averaged": averaged,
         "losses": losses,
         "eigenvalues": eigenvalues,
         "together": together,
@@ -251,8 +253,9 @@ def check_parity(results: list[dict[str, Any]], alone: dict[str, Any], tolerance
     scale = float(alone["parameters"].abs().max())
     for result in results:
         assert result["losses"] == pytest.approx(alone["losses"], rel=tolerance)
-        error = float((result["parameters"] - alone["parameters"]).abs().max())
-        assert error <= tolerance * scale
+        for name in ("parameters", "averaged"):
+            error = float((result[name] - alone[name]).abs().max())
+            assert error <= tolerance * scale
         assert result["fallbacks"] == alone["fallbacks"]
         for ours, theirs in itertools.zip_longest(result["buffers"], alone["buffers"]):
             torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=tolerance)

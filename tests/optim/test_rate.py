@@ -19,10 +19,11 @@ def grown(slopes: list[tuple[float, float]], *, relative: float = 1.0, ceiling: 
     return float(rate.distance or math.nan) / before
 
 
-def test_it_warms_up_to_the_share_of_the_weights_size():
+def test_it_rises_to_the_share_of_the_weights_size_and_falls_like_the_root():
     rate = DistanceRate(share=0.2, warm_up=4)
-    got = [rate(0.7) for _ in range(6)]
-    assert got == pytest.approx([0.2 * 0.7 * part for part in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+    got = [rate(0.7) for _ in range(16)]
+    assert got[:5] == pytest.approx([0.2 * 0.7 * part for part in (0.25, 0.5, 0.75, 1.0, 0.8**0.5)])
+    assert got[15] == pytest.approx(0.2 * 0.7 * 0.5)
 
 
 def test_it_scales_with_the_parameters():

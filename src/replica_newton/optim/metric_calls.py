@@ -1,6 +1,7 @@
 """Steps of the rule "metric", in one process and over several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
 from replica_newton.topology import TreeReduction
 from replica_newton.topology.buckets import local
-from replica_newton.topology.dealing import deal
+from replica_newton.topology.dealing import Dealing, deal
 from replica_newton.topology.simulated import Data, ReplicaClosure
 
 
@@ -20,6 +21,8 @@ class MetricCalls(Calls):
     """Evaluations by the replicas, and the step that needs no more than their mean gradient; see `Calls`."""
 
     max_norm: float | None = None
+    metric_step: MetricStep | None = None
+    _averaging = False
 
     def _take_metric_step(
         self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
@@ -59,10 +62,7 @@ class MetricCalls(Calls):
             self._together = True
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         evaluation = self._evaluate(closure, parameters, nowhere, "own")
-        # Of all parameters, frozen ones too, or the state of one would be in other hands when another thaws.
-        everything = [p for group in self.param_groups for p in group["params"]]
-        hands = deal([metric_step.metric.work(p.shape) for p in everything], topology.replicas)
-        dealing = topology.dealing([hand for hand, p in zip(hands, everything, strict=True) if p.requires_grad])
+        dealing = self._dealing(topology, metric_step)
         rates, moved = self._rates(), []
         for place, gradient in zip(dealing.mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]
@@ -74,6 +74,54 @@ class MetricCalls(Calls):
         topology.prepared(stepped=True)
         self._settled()
         dealing.share(parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it is entered, the module stands where it is best evaluated and saved; called by all processes.
+
+            with optimizer.averaged():
+                accuracy = evaluate(model)
+
+        For the rule "metric" that is the average of the parameters over about the last ninth of all steps, in which the
+        noise of single steps is gone: what otherwise a rate that falls to zero is for. For other rules it is where
+        `synchronise` puts the module. Batch-norm statistics stay those of training. Steps must not be taken inside.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: by `step`, if a step is tried inside.
+        """
+        self.synchronise()
+        parameters = self._trained()
+        before = [] if self.metric_step is None else [p.detach().clone() for p in parameters]
+        self._averaging = True
+        try:
+            if self.metric_step is not None:
+                self._move_to_average(self.metric_step, parameters)
+            yield
+        finally:
+            self._averaging = False
+            with torch.no_grad():
+                for parameter, values in zip(parameters, before, strict=self.metric_step is not None):
+                    parameter.copy_(values)
+
+    @torch.no_grad()
+    def _move_to_average(self, metric_step: MetricStep, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            average = self.state.get(parameter, {}).get("average")
+            if average is not None:
+                parameter.copy_(average)
+        if isinstance(self.topology, TreeReduction):
+            self.topology.lay_out(parameters)
+            self._dealing(self.topology, metric_step).share(parameters)
+
+    def _dealing(self, topology: TreeReduction, metric_step: MetricStep) -> Dealing:
+        """Who moves which of the parameters that are trained."""
+        # Of all, frozen ones too, or the state of one would be in other hands when another thaws.
+        everything = [p for group in self.param_groups for p in group["params"]]
+        hands = deal([metric_step.metric.work(p.shape) for p in everything], topology.replicas)
+        return topology.dealing([hand for hand, p in zip(hands, everything, strict=True) if p.requires_grad])
 
     def _rates(self) -> dict[int, tuple[float, float]]:
         """Rate and weight decay of the parameters that are trained, by their id."""

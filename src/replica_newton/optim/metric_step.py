@@ -10,6 +10,8 @@ from replica_newton.optim.metric import Metric
 from replica_newton.optim.rate import DistanceRate
 from replica_newton.topology import Topology, TreeReduction
 
+_AVERAGED = 8.0
+
 
 class Moved(NamedTuple):
     """A parameter, its gradient of what is minimised, its group's rate and decay, and what is kept of its past."""
@@ -24,12 +26,19 @@ class Moved(NamedTuple):
 class MetricStep:
     """The rule "metric": `w ← (1 − lr η_t λ) w − lr η_t U_t`, with U of `Metric` and η of `DistanceRate`.
 
+    Beside w it keeps a running average over about the last ninth of all steps, whatever their number:
+
+        w̄ ← w̄ + 9/(t + 8) · (w − w̄).
+
     Args:
         metric: which coordinates, and the averages in them.
         rate: how far a step of unit size goes.
+
+    Source:
+        The average: Shamir and Zhang (2013), arXiv 1212.1824, section 4, polynomial-decay averaging with η = 8.
     """
 
-    STATE = (*Metric.STATE, "last", "before_last")
+    STATE = (*Metric.STATE, "last", "before_last", "average")
     """What the state of a parameter may hold, beside the number of its steps."""
 
     def __init__(self, metric: Metric | None = None, rate: DistanceRate | None = None) -> None:
@@ -66,6 +75,8 @@ class MetricStep:
             unit = self.metric.unit_step(state, gradient)
             state["before_last"], state["last"] = state.get("last", unit), unit
             parameter.mul_(1.0 - relative * rate * decay).add_(unit.to(parameter.dtype), alpha=-relative * rate)
+            average = state.setdefault("average", parameter.detach().to(unit.dtype, copy=True))
+            average.lerp_(parameter.to(unit.dtype), (1.0 + _AVERAGED) / (state["step"] + _AVERAGED))
 
     def _sums(self, moved: Sequence[Moved]) -> Tensor:
         """What must be known of all parameters.

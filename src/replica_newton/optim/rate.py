@@ -1,9 +1,10 @@
 """DistanceRate: a learning rate from how far the weights have to go, with nothing to tune."""
 
+import math
 from typing import Any
 
-SHARE = 0.3
-"""Of the distance, that one step of unit size covers. By experiment: see docs/step_rules.md."""
+SHARE = 2.0 / 3.0
+"""Of the distance, that the longest step of unit size covers. By experiment: see docs/step_rules.md."""
 _ALL_ZERO = 0.01
 """Distance where all weights are zero at first, in their own unit: it grows from there."""
 _GROWTH = 1.05
@@ -15,11 +16,14 @@ _MEMORY = 0.9
 class DistanceRate:
     """Learning rate for steps of unit size, such as those of `Metric`.
 
-        η_t = share · D_t · min(1, t/warm_up),      D_1 = ‖w_1‖/√N.
+        η_t = share · D_t · min(t/t₀, √(t₀/t)),      D_1 = ‖w_1‖/√N.
 
     D is an estimate of how far each weight will move: about as far as weights are long when they are drawn, which is
-    what every usual initialisation is made for. Multiply all weights by c (and let the loss read w/c), and the rate is
-    multiplied by c; multiply the loss by c, and nothing changes.
+    what every usual initialisation is made for. Averages over gradients are not to be trusted in the first steps, so
+    the rate rises until step t₀. Then it falls like 1/√t: over t steps whose directions are partly noise, the rate at
+    which what is won and what is lost balance is the distance over √t, whatever t. So no length of training need be
+    known, and no schedule is needed; that of the user, if any, multiplies the rate. Multiply all weights by c (and let
+    the loss read w/c), and the rate is multiplied by c; multiply the loss by c, and nothing changes.
 
     Weights that begin at zero or too small are found out by their curvature: along a step that is far too short, the
     slope hardly changes. The slope along each step is measured on the next two gradients, before and after the step
@@ -28,8 +32,8 @@ class DistanceRate:
     averaged over about ten steps, and where they are no more than noise, D stays.
 
     Args:
-        share: the part of D that a step covers; > 0.
-        warm_up: steps until the rate is whole, >= 1; averages over gradients are not to be trusted before.
+        share: the part of D that the longest step covers; > 0.
+        warm_up: t₀ >= 1.
 
     Attributes:
         distance: D, None before the first step.
@@ -38,9 +42,10 @@ class DistanceRate:
         ValueError: if an argument is out of range.
 
     Source:
-        The distance to go as the unit of a rate: Ivgi, Hinder and Carmon (2023), arXiv 2302.12022; weights' own size in
-        its place: You et al. (2020), arXiv 1904.00962, layer by layer and at every step; slopes of one batch along the
-        step of another: Baydin et al. (2018), arXiv 1703.04782.
+        The distance to go over √t: Zinkevich (2003); Ivgi, Hinder and Carmon (2023), arXiv 2302.12022. Rise and fall in
+        one formula: Vaswani et al. (2017), arXiv 1706.03762. Weights' own size as the distance: You et al. (2020),
+        arXiv 1904.00962, layer by layer and at every step. Slopes of one batch along the step of another: Baydin et
+        al. (2018), arXiv 1703.04782.
     """
 
     def __init__(self, *, share: float = SHARE, warm_up: int = 20) -> None:
@@ -68,7 +73,8 @@ class DistanceRate:
             self.distance = size or _ALL_ZERO
         elif self._straight:
             self.distance = max(self.distance, min(_GROWTH * self.distance, size))
-        return self.share * self.distance * min(1.0, self._steps / self.warm_up)
+        time = self._steps / self.warm_up
+        return self.share * self.distance * min(time, 1.0 / math.sqrt(time))
 
     def observe(self, before: float, after: float, relative: float = 1.0) -> None:
         """Take in slopes at the present parameters; call it before the step, from the third on.

@@ -186,10 +186,13 @@ class ReplicaNewton(MetricCalls):
             TypeError: if the closure cannot evaluate replicas.
             ValueError: if a gradient is sparse, no parameter requires one, or the closure's topology has another
                 number of replicas.
-            RuntimeError: if a gradient has changed after it was sent to other processes; see `Processes.no_sync`.
+            RuntimeError: if a gradient has changed after it was sent to other processes; see `Processes.no_sync`; or
+                inside `averaged`.
             FloatingPointError: if a loss or gradient is not finite; the parameters are then as before the step. Raised
                 by all processes.
         """
+        if self._averaging:
+            raise RuntimeError("steps must not be taken inside `with optimizer.averaged()`")
         if closure is None and not self.topology.distributed and self.metric_step is None:
             self._step_on_given_gradients()
             self.topology.prepared(stepped=True)

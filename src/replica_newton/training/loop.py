@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -204,13 +205,14 @@ def _train_epoch(
                 state.progress = Progress(steps, total, evaluations, time.perf_counter() - start)
                 _synchronise(optimizer)
                 return True
-        seconds = time.perf_counter() - start
-        _synchronise(optimizer)
-        train_nll, _ = _evaluate(model, dataset.train_inputs, dataset.train_labels, optimizer)
+        finished = True
     except FloatingPointError:
-        seconds = time.perf_counter() - start
-        _synchronise(optimizer)
-    _, test_accuracy = _evaluate(model, dataset.test_inputs, dataset.test_labels, optimizer)
+        finished = False
+    seconds = time.perf_counter() - start
+    with optimizer.averaged() if isinstance(optimizer, ReplicaNewton) else nullcontext():
+        if finished:
+            train_nll, _ = _evaluate(model, dataset.train_inputs, dataset.train_labels, optimizer)
+        _, test_accuracy = _evaluate(model, dataset.test_inputs, dataset.test_labels, optimizer)
     sharpness, residual = _sharpness(optimizer)
     epoch = Epoch(
         epoch=before.epoch + 1,
