@@ -80,7 +80,7 @@ def test_the_page_says_what_was_found(completed: Completed, tmp_path: Path) -> N
     assert "| at most 0.95 × the best first-order method on two thirds of the tasks | on 2 of 3 | holds |" in text
     assert "0.900 [0.900 – 1.500], lower in 2 of 3 seeds | SGD |" in text
     assert "two-sided p of\n0.25 in a sign test: no single task can be significant" in text
-    assert "| the paper's rule, own data | diverged | diverged | diverged |" in text
+    assert "| the paper's rule, M = 8, own data, rate 0.1 | diverged | diverged | diverged |" in text
     assert not [line for line in text.splitlines() if line.startswith("|") and not line.rstrip().endswith("|")]
     for name in ("convergence", "time", "rates"):
         assert f"benchmarks/{name}.png" in text

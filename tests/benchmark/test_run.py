@@ -32,7 +32,7 @@ def test_a_run_spends_its_budget_and_repeats_bit_for_bit() -> None:
 
 
 def test_dearer_steps_are_fewer_at_the_same_budget() -> None:
-    plain, dear = run(epochs=12), run(epochs=12, method="replica-newton")
+    plain, dear = run(epochs=12), run(epochs=12, method="M=8")
     assert plain.steps == 12
     # One gradient in the first step, two in each of the others.
     assert dear.steps == 7

@@ -76,7 +76,7 @@ def test_every_method_trains_and_counts(name: str) -> None:
         "adahessian": [48] * 12,
         "sophia": [48, *[16] * 9, 48, 16],
         # The first step, before the replicas have parted, needs no second gradient.
-        **{key: [16, *[32] * 11] for key in ("replica-newton", "M=2", "M=4", "random-directions", "paper-common")},
+        **{key: [16, *[32] * 11] for key in ("M=2", "M=4", "M=8", "random-directions", "paper-common")},
     }
     assert counts == expected.get(name, [16] * 12)
 
@@ -94,10 +94,11 @@ def test_the_rate_of_every_group_is_scaled() -> None:
     assert [tuple(parameter.shape) for parameter in muon["params"]] == [(8, 4), (8, 8)]
 
 
-def test_schedule_free_keeps_its_rate_and_is_evaluated_at_its_average() -> None:
+@pytest.mark.parametrize(("name", "rate"), [("schedule-free", 0.1), ("replica-newton", 1.0)])
+def test_methods_without_a_schedule_keep_their_rate_and_are_evaluated_at_their_average(name: str, rate: float) -> None:
     pytest.importorskip("pytorch_optimizer")
     module = Bowl()
-    stepper = METHODS["schedule-free"].make(module, mean, 0.1)
+    stepper = METHODS[name].make(module, mean, rate)
     for _ in range(5):
         stepper.scale_rate(0.0)
         stepper.step(torch.zeros(8, 1), torch.zeros(8))

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from replica_newton.benchmark.steppers import Averaging, DiagonalHessian, FreshLBFGS, Stepper
+from replica_newton.benchmark.steppers import AtItsAverage, Averaging, DiagonalHessian, FreshLBFGS, Stepper
 from replica_newton.benchmark.tasks import Task
 from replica_newton.optim import ReplicaNewton
+from replica_newton.optim.metric import MetricName
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Simulated
@@ -22,7 +23,8 @@ Family = Literal["first-order", "second-order", "ours", "ablation"]
 Make = Callable[[nn.Module, Criterion, float], Stepper]
 
 OURS = "replica-newton"
-OUR_RATE = 0.1
+CURVATURE_RATE = 0.1
+"""Of the rules that take their curvature from replicas, which have to be given one."""
 LARGE_BATCH = 1024
 PRECONDITION_EVERY = 10
 MUON_ADAMW_SHARE = 0.15
@@ -37,7 +39,7 @@ class Method:
     Attributes:
         label: its name as its authors write it.
         family: peers are first-order or second-order (they precondition by more than a diagonal of squared gradients,
-            or see the Hessian); "ours" has one default for all tasks; an "ablation" changes one thing of it.
+            or see the Hessian); "ours" has one default for all tasks; an "ablation" is a variant of it.
         rates: its grid, ascending; a single rate is not tuned.
         make: stepper of (network, criterion, rate).
         settings: what is not a default of its library.
@@ -145,6 +147,15 @@ def _schedule_free(module: nn.Module, criterion: Criterion, rate: float) -> Step
     return Averaging(module, criterion, _optimizer("ScheduleFreeAdamW", module, rate))
 
 
+def _metric(
+    name: MetricName = "kronecker", stepper: Callable[[nn.Module, Criterion, ReplicaNewton], Stepper] = AtItsAverage
+) -> Make:
+    def make(module: nn.Module, criterion: Criterion, rate: float) -> Stepper:
+        return stepper(module, criterion, ReplicaNewton(module.parameters(), rate, rule="metric", metric=name))
+
+    return make
+
+
 def _replicas(
     M: int,
     rule: Rule = "saddle-free",
@@ -169,8 +180,8 @@ def _replicas(
     return make
 
 
-def _ablation(label: str, make: Make) -> Method:
-    return Method(label, "ablation", (OUR_RATE,), make)
+def _ablation(label: str, make: Make, rate: float = 1.0) -> Method:
+    return Method(label, "ablation", (rate,), make)
 
 
 _SMALL = (0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -239,12 +250,29 @@ METHODS: dict[str, Method] = {
         "a Hessian-vector product every step",
         peer_package=True,
     ),
-    OURS: Method("ReplicaNewton", "ours", (OUR_RATE,), _replicas(8), "saddle-free, M = 8, common data"),
-    "M=1": _ablation("M = 1: no curvature, which is SGD", _torch(torch.optim.SGD)),
-    "M=2": _ablation("M = 2", _replicas(2)),
-    "M=4": _ablation("M = 4", _replicas(4)),
-    "random-directions": _ablation("random directions (placebo)", _replicas(8, spread=RandomDirections)),
-    "paper-common": _ablation("the paper's rule, common data", _replicas(8, "paper", damping=0.0)),
-    "paper": _ablation("the paper's rule, own data", _replicas(8, "paper", data="own", damping=0.0)),
+    OURS: Method(
+        "ReplicaNewton", "ours", (1.0,), _metric(), 'rule "metric": no rate, no schedule; evaluated at its average'
+    ),
+    "last-point": _ablation(
+        "evaluated at its last point", _metric(stepper=lambda *parts: Stepper(*parts, scheduled=False))
+    ),
+    "cosine": _ablation("its rate times the peers' schedule, last point", _metric(stepper=Stepper)),
+    "diagonal": _ablation("diagonal metric", _metric("diagonal")),
+    "identity": _ablation("no metric (identity)", _metric("identity")),
+    "M=1": _ablation("no curvature, M = 1: SGD, rate 0.1", _torch(torch.optim.SGD), CURVATURE_RATE),
+    "M=2": _ablation("saddle-free rule, M = 2, rate 0.1", _replicas(2), CURVATURE_RATE),
+    "M=4": _ablation("saddle-free rule, M = 4, rate 0.1", _replicas(4), CURVATURE_RATE),
+    "M=8": _ablation("saddle-free rule, M = 8, rate 0.1", _replicas(8), CURVATURE_RATE),
+    "random-directions": _ablation(
+        "saddle-free rule, M = 8, random directions (placebo), rate 0.1",
+        _replicas(8, spread=RandomDirections),
+        CURVATURE_RATE,
+    ),
+    "paper-common": _ablation(
+        "the paper's rule, M = 8, common data, rate 0.1", _replicas(8, "paper", damping=0.0), CURVATURE_RATE
+    ),
+    "paper": _ablation(
+        "the paper's rule, M = 8, own data, rate 0.1", _replicas(8, "paper", data="own", damping=0.0), CURVATURE_RATE
+    ),
 }
-"""Their order is that of tables and figures. An ablation is one more line: what differs from `OURS` alone."""
+"""Their order is that of tables and figures. An ablation is one more line, of a variant of `OURS`."""

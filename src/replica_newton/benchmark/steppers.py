@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from replica_newton.optim import ReplicaNewton
 from replica_newton.topology import Simulated
 from replica_newton.topology.simulated import Criterion
 
@@ -104,6 +105,26 @@ class Averaging(Stepper):
             yield
         finally:
             self._points.train()
+
+
+class AtItsAverage(Stepper):
+    """`ReplicaNewton` with the rule "metric": it brings its schedule, and is evaluated at its average.
+
+    Args:
+        module: the network.
+        criterion: see `Stepper`.
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, module: nn.Module, criterion: Criterion, optimizer: ReplicaNewton) -> None:
+        super().__init__(module, criterion, optimizer, scheduled=False)
+        self._points = optimizer
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See `Stepper`: the average."""
+        with self._points.averaged():
+            yield
 
 
 class DiagonalHessian(Stepper):
