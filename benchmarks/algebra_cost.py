@@ -82,7 +82,7 @@ def measure_share(repetitions: int) -> dict[str, float]:
     torch.manual_seed(0)
     model, topology = reference_convnet(), Simulated(REPLICAS)
     parameters = list(model.parameters())
-    optimizer = ReplicaNewton(parameters, 0.01, topology=topology)
+    optimizer = ReplicaNewton(parameters, 0.01, rule="paper", topology=topology)
     inputs, targets = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
     closure = topology.closure(model, nn.functional.cross_entropy, inputs, targets)
     optimizer.step(closure)

@@ -172,7 +172,7 @@ def _step_of(method: str, size: str, samples: int, rank: int) -> Callable[[], An
         return loss
 
     if method == "replica_newton":
-        optimizer = ReplicaNewton(network.parameters(), 1e-3, topology=TreeReduction())
+        optimizer = ReplicaNewton(network.parameters(), 1e-3, rule="paper", topology=TreeReduction())
         return lambda: optimizer.step(gradient)
     base = {
         "ddp_sgd": torch.optim.SGD(network.parameters(), 1e-3),

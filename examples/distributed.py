@@ -57,7 +57,7 @@ def train(topology: Simulated | TreeReduction | ParameterServer, epochs: int) ->
     data = load_dataset("digits")
     torch.manual_seed(0)
     model = reference_convnet(data.input_shape, data.classes, activation="tanh")
-    optimizer = ReplicaNewton(model.parameters(), lr=RATE, topology=topology)
+    optimizer = ReplicaNewton(model.parameters(), rule="paper", lr=RATE, topology=topology)
     if isinstance(topology, ParameterServer) and topology.is_server:
         optimizer.serve()
         return None

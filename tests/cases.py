@@ -67,7 +67,7 @@ def train(
         topology: Any = Simulated(count, batched=batched)
     else:
         topology = ParameterServer(servers) if servers else TreeReduction()
-    optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **options)
+    optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **({"rule": "paper"} | options))
     if servers and rank is not None and topology.is_server:
         optimizer.serve()
         return {
@@ -133,13 +133,13 @@ def resume(rank: int, count: int, *, steps: int) -> tuple[Tensor, Tensor]:
     for interrupted in (False, True):
         module = network(torch.float32)
         topology = TreeReduction()
-        optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+        optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
         for step in range(2 * steps):
             if interrupted and step == steps:
                 optimizer.synchronise()
                 saved = module.state_dict(), optimizer.state_dict()
                 module = network(torch.float32, seed=9)
-                optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+                optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
                 module.load_state_dict(saved[0])
                 optimizer.load_state_dict(saved[1])
             inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float32))
@@ -154,7 +154,7 @@ def other_number(rank: int, count: int) -> tuple[Tensor, Tensor]:
     ends = []
     for loaded in (True, False):
         module = network(torch.float64)
-        optimizer = ReplicaNewton(module.parameters(), 0.05, topology=TreeReduction())
+        optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=TreeReduction())
         if loaded:
             state = optimizer.state_dict()
             state["state"] = {0: {"displacements": torch.ones(count + 1, 9), "shared": torch.ones(9), "step": 4}}
@@ -169,7 +169,7 @@ def other_number(rank: int, count: int) -> tuple[Tensor, Tensor]:
 def given_gradients(rank: int, count: int) -> tuple[Tensor, Tensor]:
     """Parameters after steps without a closure, and after SGD on the mean gradient."""
     module, reference = network(torch.float64), network(torch.float64)
-    optimizer = ReplicaNewton(module.parameters(), 0.1, topology=TreeReduction())
+    optimizer = ReplicaNewton(module.parameters(), 0.1, rule="paper", topology=TreeReduction())
     sgd = torch.optim.SGD(reference.parameters(), 0.1)
     for step in range(3):
         inputs, targets = batch(step, torch.float64)
@@ -187,7 +187,7 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
     """One replica's loss is nan in the fourth step: what all of them say, and that training can go on."""
     module = network(torch.float64)
     topology = ParameterServer(servers) if servers else TreeReduction()
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
     if not topology.is_worker:
         optimizer.serve()
         return None
@@ -221,7 +221,7 @@ REFUSALS = [
 def refusals(rank: int, count: int) -> list[str]:
     """What is said to input that cannot work."""
     module, topology = network(torch.float64), TreeReduction()
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, secant_data="common")
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology, secant_data="common")
     inputs, targets = (one.chunk(count)[rank] for one in batch(0, torch.float64))
 
     def closure() -> Tensor:
@@ -235,7 +235,7 @@ def refusals(rank: int, count: int) -> list[str]:
 
     said = []
     for refused in (
-        lambda: ReplicaNewton(module.parameters(), topology=topology, spread=RandomDirections()),
+        lambda: ReplicaNewton(module.parameters(), rule="paper", topology=topology, spread=RandomDirections()),
         lambda: TreeReduction(timeout=0.0),
         lambda: ParameterServer(on_lost="wait"),
         two_steps,

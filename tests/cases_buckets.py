@@ -50,7 +50,7 @@ def train(
     """
     module = network(torch.float64)
     topology: Any = Simulated(count) if rank is None else TreeReduction(bucket_bytes=bucket_bytes)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, **options)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, **({"rule": "paper"} | options))
     losses, calls = [], []
     for step in range(steps):
         inputs, targets = batch(step, torch.float64)
@@ -105,7 +105,7 @@ def gradient_changed(rank: int, count: int) -> tuple[str, bool]:
     """What is said to closures with two backward passes or changed gradients, and whether training goes on."""
     module = network(torch.float64)
     topology = TreeReduction()
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
     inputs, targets = (one.chunk(count)[rank] for one in batch(0, torch.float64))
 
     def twice() -> Tensor:
@@ -140,7 +140,7 @@ def wrapped(rank: int, count: int) -> tuple[list[Tensor], str]:
         del module.unused  # DistributedDataParallel wants a gradient for every parameter
         model = module if how == "plain" else DistributedDataParallel(module)
         topology = TreeReduction()
-        optimizer = ReplicaNewton(model.parameters(), 0.05, topology=topology)
+        optimizer = ReplicaNewton(model.parameters(), 0.05, rule="paper", topology=topology)
         for step in range(4):
             inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
 
@@ -191,7 +191,7 @@ def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     module = nn.ParameterList([nn.Parameter(torch.ones(elements // 8)) for _ in range(8)])
     data = torch.randn(elements // 8, generator=torch.Generator().manual_seed(rank))
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=TreeReduction())
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=TreeReduction())
 
     def closure() -> Tensor:
         loss = sum(parameter @ data for parameter in module) / elements
@@ -246,7 +246,7 @@ def train_sharded(
         {"params": [*module.first.parameters(), module.unused]},
         {"params": module.second.parameters(), "lr": 0.02},
     ]
-    optimizer = ReplicaNewton(groups, 0.05, topology=topology, **options)
+    optimizer = ReplicaNewton(groups, 0.05, topology=topology, **({"rule": "paper"} | options))
     losses = []
     for step in range(steps):
         inputs, targets = batch(step, dtype)

@@ -40,7 +40,7 @@ def run(
 ) -> dict[str, Any]:
     """Train through some steps, from a checkpoint or not, and save one after a step or not."""
     module = cases.network(torch.float64, normalised=normalised, seed=seed)
-    optimizer = ReplicaNewton(module.parameters(), **({"lr": RATE} | options), topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), **({"lr": RATE, "rule": "paper"} | options), topology=topology)
     torch.manual_seed(100 + topology.position)  # dropout differs by process
     found = load_checkpoint(folder, module, optimizer) if load else None
     loaded = vector(module)

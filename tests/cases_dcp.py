@@ -29,7 +29,7 @@ class Stage(NamedTuple):
 def stage(topology: Any, folder: Path, steps: range, *, load: bool, partial: bool = False) -> Stage:
     """Train, from a checkpoint of DCP or not, and save one at the end."""
     module = cases.network(torch.float64, seed=int(load))
-    optimizer = ReplicaNewton(module.parameters(), 0.5 if load else RATE, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), 0.5 if load else RATE, rule="paper", topology=topology)
     if load:
         state = {"model": module.state_dict(), "optimizer": ReplicaState(optimizer)}
         dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True) if partial else None)

@@ -92,7 +92,7 @@ def interrupted(
     log = Lines()
     topology = ParameterServer(servers, timeout=60.0)
     module = network(torch.float64, normalised=True, seed=rank)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, nonfinite=nonfinite)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology, nonfinite=nonfinite)
     for failing, phase, at in glitches:
         if failing == rank:
             glitch(topology, phase, at)
@@ -160,7 +160,7 @@ def lossy(
     else:
         topology = ParameterServer(servers, timeout=timeout, **options)
     module = network(torch.float64, normalised=True, seed=rank)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
     if failing and rank in failing:
         fail_at(topology, phase, at, failing[rank])
     if cut_off:

@@ -42,7 +42,7 @@ def main() -> None:
     init_processes(timeout=120.0)
     topology = TreeReduction(timeout=60.0)
     module = cases.network(torch.float64, seed=topology.position)
-    optimizer = ReplicaNewton(module.parameters(), RATE, topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), RATE, rule="paper", topology=topology)
     found = load_checkpoint(options.folder / "checkpoints", module, optimizer)
     start = found.step if found else 0
     with (options.folder / f"starts-{topology.position}").open("a") as starts:

@@ -62,7 +62,7 @@ def test_replicas_part_anew_with_another_number_of_them(tmp_path: Path) -> None:
     assert not after["found"].parted
     assert torch.equal(after["loaded"], before["saved"])
     module = cases.network(torch.float64)
-    optimizer = ReplicaNewton(module.parameters(), 0.3, topology=Simulated(2))
+    optimizer = ReplicaNewton(module.parameters(), 0.3, rule="paper", topology=Simulated(2))
     load_checkpoint(tmp_path, module, optimizer)
     state = next(iter(optimizer.state.values()))
     assert state == {"step": 5}

@@ -150,7 +150,9 @@ def test_a_store_for_this_machine_listens_on_loopback_alone() -> None:
 def test_without_a_signal_nothing_happens_and_with_one_the_block_ends_in_143() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with GracefulExit() as graceful:
-        assert not graceful.agreed(ReplicaNewton([torch.ones(1, requires_grad=True)], topology=Simulated(4)))
+        assert not graceful.agreed(
+            ReplicaNewton([torch.ones(1, requires_grad=True)], rule="paper", topology=Simulated(4))
+        )
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(SystemExit) as caught:
         _told_to_leave()

@@ -15,7 +15,7 @@ def test_a_clipped_first_step_is_that_of_clip_grad_norm() -> None:
     problem = networks.mlp()
     reference = copy.deepcopy(problem.module)
     topology = Simulated(4)
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=topology, max_norm=0.01)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=topology, max_norm=0.01)
     optimizer.step(topology.closure(problem.module, problem.criterion, problem.inputs, problem.targets))
     problem.criterion(reference(*problem.inputs), problem.targets).backward()
     norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
@@ -29,7 +29,7 @@ def test_a_clipped_first_step_is_that_of_clip_grad_norm() -> None:
 def test_given_gradients_are_clipped_as_well() -> None:
     problem = networks.mlp()
     reference = copy.deepcopy(problem.module)
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, max_norm=0.01)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", max_norm=0.01)
     for module in (problem.module, reference):
         problem.criterion(module(*problem.inputs), problem.targets).backward()
     nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
@@ -45,7 +45,7 @@ def test_a_short_gradient_is_left_alone() -> None:
     for max_norm in (None, 1e6):
         problem = networks.mlp()
         topology = Simulated(4)
-        optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=topology, max_norm=max_norm)
+        optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=topology, max_norm=max_norm)
         for _ in range(4):
             optimizer.step(topology.closure(problem.module, problem.criterion, problem.inputs, problem.targets))
         ends.append(flat(trained(problem.module)))
@@ -58,7 +58,9 @@ def test_secants_do_not_see_it() -> None:
     inputs = torch.randn(12, 2, generator=generator, dtype=torch.float64)
     module = nn.Linear(2, 1, bias=False).double()
     topology = Simulated(3)
-    optimizer = ReplicaNewton(module.parameters(), 0.01, topology=topology, secant_data="common", max_norm=1e-3)
+    optimizer = ReplicaNewton(
+        module.parameters(), 0.01, rule="paper", topology=topology, secant_data="common", max_norm=1e-3
+    )
     for _ in range(2):
         before = flat(trained(module))
         closure = topology.closure(module, nn.functional.mse_loss, inputs, 5.0 + 3.0 * inputs[:, :1])
@@ -74,4 +76,4 @@ def test_secants_do_not_see_it() -> None:
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_bound_must_be_positive(max_norm: float) -> None:
     with pytest.raises(ValueError, match="must be positive and finite"):
-        ReplicaNewton([nn.Parameter(torch.ones(1))], max_norm=max_norm)
+        ReplicaNewton([nn.Parameter(torch.ones(1))], rule="paper", max_norm=max_norm)

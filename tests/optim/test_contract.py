@@ -21,7 +21,9 @@ def parameter() -> nn.Parameter:
 @pytest.mark.parametrize(("secant_data", "evaluations"), [("own", 1), ("common", 2)])
 def test_every_sample_is_differentiated_once_and_for_common_secants_twice(secant_data: str, evaluations: int):
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.05, topology=Simulated(4), secant_data=secant_data)
+    optimizer = ReplicaNewton(
+        problem.module.parameters(), 0.05, rule="paper", topology=Simulated(4), secant_data=secant_data
+    )
     counts = []
     for _ in range(3):
         closure = closure_of(problem, 4)
@@ -33,7 +35,9 @@ def test_every_sample_is_differentiated_once_and_for_common_secants_twice(secant
 def test_the_loss_is_that_of_the_replicas_before_the_step():
     problem = networks.mlp()
     expected = closure_of(problem, 4)()
-    loss = ReplicaNewton(problem.module.parameters(), 0.05, topology=Simulated(4)).step(closure_of(problem, 4))
+    loss = ReplicaNewton(problem.module.parameters(), 0.05, rule="paper", topology=Simulated(4)).step(
+        closure_of(problem, 4)
+    )
     torch.testing.assert_close(loss, expected, rtol=0.0, atol=1e-14)
     assert not loss.requires_grad
 
@@ -41,7 +45,7 @@ def test_the_loss_is_that_of_the_replicas_before_the_step():
 @pytest.mark.parametrize("maximize", [False, True])
 def test_a_step_on_given_gradients_is_that_of_sgd(maximize: bool):
     problem, plain = networks.mlp(), networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(4), maximize=maximize)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(4), maximize=maximize)
     sgd = torch.optim.SGD(plain.module.parameters(), 0.1, maximize=maximize)
     for module in (problem.module, plain.module):
         mse_loss(module(*problem.inputs), problem.targets).backward()
@@ -56,7 +60,7 @@ def test_a_step_on_given_gradients_is_that_of_sgd(maximize: bool):
 
 def test_a_step_on_given_gradients_keeps_the_displacements():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(4))
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(4))
     train(optimizer, problem, 2)
     kept = [optimizer.state[p]["displacements"].clone() for p in problem.module.parameters()]
     closure_of(problem, 4)()
@@ -71,7 +75,7 @@ def test_a_step_on_given_gradients_keeps_the_displacements():
 
 def test_a_sparse_gradient_is_refused_before_anything_moves():
     first, table = nn.Parameter(torch.ones(2)), nn.Embedding(4, 2, sparse=True)
-    optimizer = ReplicaNewton([first, table.weight], 0.1)
+    optimizer = ReplicaNewton([first, table.weight], 0.1, rule="paper")
     (first.sum() + table(torch.tensor([1])).sum()).backward()
     with pytest.raises(ValueError, match="sparse gradients are not supported"):
         optimizer.step()
@@ -80,7 +84,7 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
 
 def test_zero_grad_and_hooks_work():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(4))
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(4))
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     handle = optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -96,9 +100,11 @@ def test_zero_grad_and_hooks_work():
 def test_a_tensor_rate_is_that_rate():
     problem, other = networks.mlp(), networks.mlp()
     rate = torch.tensor(0.03, dtype=torch.float64)
-    optimizer = ReplicaNewton(problem.module.parameters(), rate, topology=Simulated(4))
+    optimizer = ReplicaNewton(problem.module.parameters(), rate, rule="paper", topology=Simulated(4))
     got = train(optimizer, problem, 4).parameters
-    expected = train(ReplicaNewton(other.module.parameters(), 0.03, topology=Simulated(4)), other, 4).parameters
+    expected = train(
+        ReplicaNewton(other.module.parameters(), 0.03, rule="paper", topology=Simulated(4)), other, 4
+    ).parameters
     assert torch.equal(got, expected)
     rate.zero_()
     assert torch.equal(train(optimizer, problem, 1).parameters[0], got[-1])
@@ -106,15 +112,15 @@ def test_a_tensor_rate_is_that_rate():
 
 def test_named_parameters_are_taken():
     problem, other = networks.mlp(), networks.mlp()
-    named = ReplicaNewton(problem.module.named_parameters(), 0.03, topology=Simulated(4))
-    plain = ReplicaNewton(other.module.parameters(), 0.03, topology=Simulated(4))
+    named = ReplicaNewton(problem.module.named_parameters(), 0.03, rule="paper", topology=Simulated(4))
+    plain = ReplicaNewton(other.module.parameters(), 0.03, rule="paper", topology=Simulated(4))
     assert torch.equal(train(named, problem, 3).parameters, train(plain, other, 3).parameters)
     assert named.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
 def test_a_group_can_be_added_between_steps():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module[2].parameters(), 0.05, topology=Simulated(4))
+    optimizer = ReplicaNewton(problem.module[2].parameters(), 0.05, rule="paper", topology=Simulated(4))
     first = problem.module[0].weight.detach().clone()
     train(optimizer, problem, 2)
     assert torch.equal(problem.module[0].weight, first)
@@ -127,13 +133,13 @@ def test_a_group_can_be_added_between_steps():
 def test_frozen_parameters_stay():
     problem = networks.frozen()
     before = flat(list(problem.module[0].parameters()))
-    train(ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(4)), problem, 5)
+    train(ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(4)), problem, 5)
     assert torch.equal(flat(list(problem.module[0].parameters())), before)
 
 
 def test_a_rate_of_zero_changes_nothing_and_counts_nothing():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.0, topology=Simulated(4))
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.0, rule="paper", topology=Simulated(4))
     before = flat(trained(problem.module))
     train(optimizer, problem, 3)
     assert torch.equal(flat(trained(problem.module)), before)
@@ -144,7 +150,7 @@ def test_a_rate_of_zero_changes_nothing_and_counts_nothing():
 def test_gradients_that_vanish_are_harmless():
     module = nn.Linear(2, 1)
     closure = Simulated(2).closure(module, lambda y, _: 0.0 * y.mean(), torch.ones(4, 2), torch.ones(4))
-    optimizer = ReplicaNewton(module.parameters(), 0.1, topology=Simulated(2), secant_data="common")
+    optimizer = ReplicaNewton(module.parameters(), 0.1, rule="paper", topology=Simulated(2), secant_data="common")
     before = flat(trained(module))
     for _ in range(3):
         optimizer.step(closure)
@@ -163,7 +169,7 @@ def test_a_spread_of_the_users_own_is_asked_for_the_next_displacements():
 
     problem, spread = networks.mlp(), Alternating()
     taken: Spread = spread
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.05, topology=Simulated(2), spread=taken)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.05, rule="paper", topology=Simulated(2), spread=taken)
     train(optimizer, problem, 3)
     assert spread.steps == [0, 1, 2]
     assert torch.equal(
@@ -172,10 +178,10 @@ def test_a_spread_of_the_users_own_is_asked_for_the_next_displacements():
 
 
 def test_one_replica_is_said_to_be_sgd(caplog: pytest.LogCaptureFixture):
-    ReplicaNewton([parameter()])
+    ReplicaNewton([parameter()], rule="paper")
     assert "one replica has no curvature" in caplog.text
     caplog.clear()
-    ReplicaNewton([parameter()], topology=Simulated(2))
+    ReplicaNewton([parameter()], rule="paper", topology=Simulated(2))
     assert not caplog.records
 
 
@@ -200,7 +206,7 @@ def test_one_replica_is_said_to_be_sgd(caplog: pytest.LogCaptureFixture):
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        ReplicaNewton([parameter()], topology=Simulated(2), **options)
+        ReplicaNewton([parameter()], topology=Simulated(2), **({"rule": "paper"} | options))
 
 
 GROUPS = [
@@ -215,8 +221,8 @@ GROUPS = [
 @pytest.mark.parametrize(("group", "message"), GROUPS, ids=[message for _, message in GROUPS])
 def test_a_bad_group_is_refused_and_not_added(group: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        ReplicaNewton([dict(group)], topology=Simulated(2))
-    optimizer = ReplicaNewton([parameter()], topology=Simulated(2))
+        ReplicaNewton([dict(group)], rule="paper", topology=Simulated(2))
+    optimizer = ReplicaNewton([parameter()], rule="paper", topology=Simulated(2))
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(dict(group))
     assert len(optimizer.param_groups) == 1
@@ -225,7 +231,7 @@ def test_a_bad_group_is_refused_and_not_added(group: dict[str, object], message:
 @pytest.mark.parametrize("closure", [lambda: torch.tensor(1.0), print], ids=["lambda", "print"])
 def test_a_plain_function_cannot_evaluate_replicas(closure: Callable[[], Tensor]):
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), topology=Simulated(2))
+    optimizer = ReplicaNewton(problem.module.parameters(), rule="paper", topology=Simulated(2))
     with pytest.raises(TypeError, match=r"closure must come from topology\.closure.*got .*(lambda|print)"):
         optimizer.step(closure)
 
@@ -233,7 +239,7 @@ def test_a_plain_function_cannot_evaluate_replicas(closure: Callable[[], Tensor]
 @pytest.mark.parametrize(("own", "other"), [(4, 8), (8, 4), (4, 1), (1, 4)])
 def test_a_closure_of_another_number_of_replicas_is_refused(own: int, other: int):
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), topology=Simulated(own))
+    optimizer = ReplicaNewton(problem.module.parameters(), rule="paper", topology=Simulated(own))
     closure: ReplicaClosure = closure_of(problem, other)
     with pytest.raises(ValueError, match=f"closure evaluates {other} replicas, the optimizer's topology has {own}"):
         optimizer.step(closure)
@@ -242,13 +248,13 @@ def test_a_closure_of_another_number_of_replicas_is_refused(own: int, other: int
 
 def test_a_parameter_outside_the_module_of_the_closure_is_refused():
     problem = networks.mlp()
-    optimizer = ReplicaNewton([*problem.module.parameters(), parameter()], topology=Simulated(2))
+    optimizer = ReplicaNewton([*problem.module.parameters(), parameter()], rule="paper", topology=Simulated(2))
     with pytest.raises(ValueError, match="must belong to the module of the closure"):
         optimizer.step(closure_of(problem, 2))
 
 
 def test_parameters_that_all_are_frozen_are_refused():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.requires_grad_(False).parameters(), topology=Simulated(2))
+    optimizer = ReplicaNewton(problem.module.requires_grad_(False).parameters(), rule="paper", topology=Simulated(2))
     with pytest.raises(ValueError, match="no parameter of the optimizer requires a gradient"):
         optimizer.step(closure_of(problem, 2))

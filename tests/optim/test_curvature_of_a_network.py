@@ -37,7 +37,7 @@ class Observation(NamedTuple):
 def observe(spread: Spread, *, secant_data: str = "common", steps: int = 8) -> Observation:
     problem = digits()
     optimizer = ReplicaNewton(
-        problem.module.parameters(), 0.05, topology=Simulated(M), spread=spread, secant_data=secant_data
+        problem.module.parameters(), 0.05, rule="paper", topology=Simulated(M), spread=spread, secant_data=secant_data
     )
     train(optimizer, problem, steps)
     rows = torch.cat(

@@ -21,7 +21,7 @@ def poisoned() -> tuple[networks.Problem, networks.Problem]:
 
 
 def optimizer_of(problem: networks.Problem, **options: str) -> ReplicaNewton:
-    return ReplicaNewton(trained(problem.module), 0.05, topology=Simulated(2), **options)
+    return ReplicaNewton(trained(problem.module), 0.05, topology=Simulated(2), **({"rule": "paper"} | options))
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
@@ -29,7 +29,7 @@ def optimizer_of(problem: networks.Problem, **options: str) -> ReplicaNewton:
 def test_such_a_step_changes_nothing_batch_norm_statistics_included(nonfinite: str, batched: bool) -> None:
     problem, bad = poisoned()
     optimizer = ReplicaNewton(
-        trained(problem.module), 0.05, topology=Simulated(2, batched=batched), nonfinite=nonfinite
+        trained(problem.module), 0.05, rule="paper", topology=Simulated(2, batched=batched), nonfinite=nonfinite
     )
     optimizer.step(closure_of(problem, optimizer.topology))
     before = copy.deepcopy((problem.module.state_dict(), optimizer.state_dict()["state"]))

@@ -29,7 +29,7 @@ def test_the_paper_rule_follows_the_literal_scheme(build: Callable[[], Problem],
     problem = build()
     expected = paper_scheme(problem, M, [0.02] * 25, secant_data=secant_data)
     optimizer = ReplicaNewton(
-        problem.module.parameters(), 0.02, topology=Simulated(M), secant_data=secant_data, rtol=1e-9
+        problem.module.parameters(), 0.02, rule="paper", topology=Simulated(M), secant_data=secant_data, rtol=1e-9
     )
     got = train(optimizer, problem, 25)
     assert_equal(got.parameters, expected.parameters)
@@ -57,7 +57,7 @@ def test_at_a_larger_rate_steps_that_lead_uphill_are_replaced_in_both(
     problem = build()
     expected = paper_scheme(problem, M, [0.1] * 25, secant_data=secant_data)
     optimizer = ReplicaNewton(
-        problem.module.parameters(), 0.1, topology=Simulated(M), secant_data=secant_data, rtol=1e-9
+        problem.module.parameters(), 0.1, rule="paper", topology=Simulated(M), secant_data=secant_data, rtol=1e-9
     )
     got = train(optimizer, problem, 25)
     assert 0 < expected.fallbacks < 24
@@ -72,7 +72,7 @@ def test_groups_have_rates_of_their_own(secant_data: str):
     rates = torch.tensor([0.05] * 16 + [0.01] * 5, dtype=torch.float64)
     expected = paper_scheme(problem, 4, [rates] * 20, secant_data=secant_data)
     groups = [{"params": first, "lr": 0.05}, {"params": second}]
-    optimizer = ReplicaNewton(groups, 0.01, topology=Simulated(4), secant_data=secant_data, rtol=1e-9)
+    optimizer = ReplicaNewton(groups, 0.01, rule="paper", topology=Simulated(4), secant_data=secant_data, rtol=1e-9)
     got = train(optimizer, problem, 20)
     assert_equal(got.parameters, expected.parameters)
     assert got.fallbacks == expected.fallbacks
@@ -82,7 +82,9 @@ def test_a_schedule_scales_the_step_and_the_displacements():
     problem = networks.mlp()
     rates = [0.04 * 0.5 ** (step // 5) for step in range(20)]
     expected = paper_scheme(problem, 4, rates, secant_data="common")
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.04, topology=Simulated(4), secant_data="common", rtol=1e-9)
+    optimizer = ReplicaNewton(
+        problem.module.parameters(), 0.04, rule="paper", topology=Simulated(4), secant_data="common", rtol=1e-9
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
     for step in range(20):
         train(optimizer, problem, 1)
@@ -176,7 +178,9 @@ def test_the_saddle_free_rule_descends_along_negative_curvature():
 
 def test_the_paper_rule_falls_back_to_sgd_where_its_step_leads_uphill():
     problem, h, linear = saddle()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(4), secant_data="common")
+    optimizer = ReplicaNewton(
+        problem.module.parameters(), 0.1, rule="paper", topology=Simulated(4), secant_data="common"
+    )
     (w, after), fallbacks, _ = train(optimizer, problem, 2)
     gradient = h * w + linear
     assert float(gradient @ (gradient / h)) < 0
@@ -188,7 +192,10 @@ def test_descent_counts_every_group_by_its_rate():
     problem = separable_quadratic(SADDLE, (20.0, 2.0))
     x, y = problem.module.parameters()
     optimizer = ReplicaNewton(
-        [{"params": [x], "lr": 1e-4}, {"params": [y], "lr": 0.1}], topology=Simulated(4), secant_data="common"
+        [{"params": [x], "lr": 1e-4}, {"params": [y], "lr": 0.1}],
+        rule="paper",
+        topology=Simulated(4),
+        secant_data="common",
     )
     w, after = train(optimizer, problem, 2).parameters
     gradient = torch.tensor(SADDLE, dtype=torch.float64) * w + problem.targets.mean(dim=0)
@@ -219,7 +226,11 @@ def test_a_group_may_maximize_while_the_other_minimizes():
     problem, h, linear = saddle()
     x, y = problem.module.parameters()
     optimizer = ReplicaNewton(
-        [{"params": [x]}, {"params": [y], "maximize": True}], 1.0, topology=Simulated(4), secant_data="common"
+        [{"params": [x]}, {"params": [y], "maximize": True}],
+        1.0,
+        rule="paper",
+        topology=Simulated(4),
+        secant_data="common",
     )
     assert_equal(train(optimizer, problem, 2).parameters[-1], -linear / h)
 
@@ -227,7 +238,7 @@ def test_a_group_may_maximize_while_the_other_minimizes():
 def test_damping_shortens_the_step():
     problem = least_squares()
     optimizer = ReplicaNewton(
-        problem.module.parameters(), 1.0, topology=Simulated(6), secant_data="common", damping=0.5
+        problem.module.parameters(), 1.0, rule="paper", topology=Simulated(6), secant_data="common", damping=0.5
     )
     w, after = train(optimizer, problem, 2).parameters
     X, y = problem.inputs[0], problem.targets

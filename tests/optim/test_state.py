@@ -23,7 +23,9 @@ def problem_of(dtype: torch.dtype) -> Problem:
 
 
 def optimizer_of(problem: Problem, M: int = 4, *, spread: Spread | None = None) -> ReplicaNewton:
-    return ReplicaNewton(problem.module.parameters(), 0.05, topology=Simulated(M), spread=spread, secant_data="common")
+    return ReplicaNewton(
+        problem.module.parameters(), 0.05, rule="paper", topology=Simulated(M), spread=spread, secant_data="common"
+    )
 
 
 def displacements(optimizer: ReplicaNewton) -> list[torch.Tensor]:
@@ -156,7 +158,7 @@ def test_a_state_of_other_groups_is_refused():
     problem = problem_of(torch.float32)
     optimizer = optimizer_of(problem)
     train(optimizer, problem, 2)
-    other = ReplicaNewton(list(problem.module.parameters())[:2], 0.1, topology=Simulated(4))
+    other = ReplicaNewton(list(problem.module.parameters())[:2], 0.1, rule="paper", topology=Simulated(4))
     with pytest.raises(ValueError, match="parameter group"):
         other.load_state_dict(optimizer.state_dict())
 
@@ -187,7 +189,7 @@ def test_a_gradient_that_is_not_finite_is_named_though_its_loss_is_finite():
     module = torch.nn.Linear(1, 1, bias=False)
     inputs = torch.tensor([[1.0], [0.0]]) * module.weight.detach().sign()
     closure = Simulated(2).closure(module, lambda output, _: output.sqrt().mean(), inputs, torch.zeros(2))
-    optimizer = ReplicaNewton(module.parameters(), topology=Simulated(2))
+    optimizer = ReplicaNewton(module.parameters(), rule="paper", topology=Simulated(2))
     before = module.weight.detach().clone()
     with pytest.raises(FloatingPointError, match=r"replica 1 is not finite \(loss 0.0\)"):
         optimizer.step(closure)
@@ -201,7 +203,7 @@ def test_a_secant_that_is_not_finite_on_common_data_alone_is_named_too():
     inputs, targets = torch.tensor([[0.0], [10.0]]), torch.tensor([[-1.0], [5.0]])
     module.forward = lambda x: torch.log(x + module.w[0])
     closure = Simulated(2, batched=False).closure(module, lambda y, t: (t * y).mean(), inputs, targets)
-    optimizer = ReplicaNewton(module.parameters(), 3.0, topology=Simulated(2), secant_data="common")
+    optimizer = ReplicaNewton(module.parameters(), 3.0, rule="paper", topology=Simulated(2), secant_data="common")
     optimizer.step(closure)
     before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
     with pytest.raises(FloatingPointError, match=r"replica 1 is not finite \(loss nan\)"):

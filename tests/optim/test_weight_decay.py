@@ -47,7 +47,7 @@ def test_a_step_with_decay_is_one_without_and_shorter_parameters(options: dict[s
 @pytest.mark.parametrize("given", [False, True])
 def test_with_one_replica_it_is_the_weight_decay_of_sgd(given: bool):
     problem, plain = networks.mlp(), networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(1), weight_decay=0.3)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(1), weight_decay=0.3)
     sgd = torch.optim.SGD(plain.module.parameters(), 0.1, weight_decay=0.3)
     for _ in range(3):
         sgd.zero_grad()
@@ -62,7 +62,7 @@ def test_with_one_replica_it_is_the_weight_decay_of_sgd(given: bool):
 
 def test_a_state_of_before_there_was_one_is_loaded():
     problem = networks.mlp()
-    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, topology=Simulated(2), weight_decay=0.3)
+    optimizer = ReplicaNewton(problem.module.parameters(), 0.1, rule="paper", topology=Simulated(2), weight_decay=0.3)
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         del group["weight_decay"]

@@ -111,7 +111,10 @@ def check_options(topology: Topology, **options: Any) -> None:
         ValueError: if there is one.
     """
     if topology.distributed and not (isinstance(topology, TreeReduction) and topology.shards == 1):
-        raise ValueError(f"rule='metric' needs one process or a TreeReduction of whole replicas, got {topology!r}")
+        raise ValueError(
+            f"rule='metric' needs one process or a TreeReduction of whole replicas, got {topology!r}; others are for "
+            "rule='paper'"
+        )
     for name, unset in {"spread": None, "secant_data": "own", "damping": 0.0, "max_norm": None}.items():
         if options[name] != unset:
             raise ValueError(f"{name}={options[name]!r} has no meaning for rule='metric'")

@@ -28,10 +28,19 @@ Rule = Literal["paper", "saddle-free", "metric"]
 
 
 class ReplicaNewton(MetricCalls):
-    """Newton steps on the curvature that M data-parallel replicas see.
+    """Training steps that need no learning rate; or Newton steps on the curvature that M data-parallel replicas see.
 
-    The replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard of the batch;
-    `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and all
+    With the rule "metric", the default, nothing is to be tuned, and no schedule is needed:
+
+        w ← w − lr · η_t U_t,
+
+    a step U of unit size in a metric (see `Metric`), times a rate η from the weights' own size and the number of steps
+    (see `DistanceRate`), times lr = 1. It needs the gradient alone, so it takes any closure, or none, and it takes no
+    curvature from replicas. Evaluate and save the module inside `averaged`. What it was measured against, and what it
+    does not do, is in docs/step_rules.md.
+
+    With the other rules the replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard
+    of the batch; `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and all
     replicas take the common step
 
         w ← w − lr · Ĥ⁻¹ ḡ        (rule "paper"),
@@ -48,19 +57,15 @@ class ReplicaNewton(MetricCalls):
     local steps the data win, and G is mostly sampling noise. `secant_data="common"` has every replica evaluate a
     second gradient, on one common shard, for the secants alone: two gradients a sample in place of one.
 
-    The rule "metric" takes no curvature from its replicas, and has no rate to tune: a step of unit size in a metric
-    (see `Metric`), times the distance to go (see `DistanceRate`), times lr. It needs the gradient alone, so it takes
-    any closure, or none. What it was measured against, and what it does not do, is in docs/step_rules.md.
-
     Args:
         params: parameters, or groups of them.
-        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group. None is 0.1, or 1
-            for the rule "metric", whose rate is relative.
-        rule: which inverse the step uses, or "metric".
+        lr: α >= 0, the rate of the step; a float or a tensor of one element; may differ by group. None is 1, relative
+            to the rate that is found, for the rule "metric", and 0.1 for the others.
+        rule: the metric's step, or the inverse that the step uses.
         metric: coordinates of the rule "metric".
         topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
-            `Simulated(1)`, the default, has no curvature: plain SGD. The rule "metric" takes either of these, and
-            over processes each of them moves the parameters that are dealt to it (see `Dealing`).
+            `Simulated(1)`, the default, has no curvature: plain SGD but for the rule "metric". That one takes either of
+            these, and over processes each of them moves the parameters that are dealt to it (see `Dealing`).
         spread: where the replicas stand for the next step.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
@@ -95,7 +100,7 @@ class ReplicaNewton(MetricCalls):
         params: ParamsT,
         lr: float | Tensor | None = None,
         *,
-        rule: Rule = "paper",
+        rule: Rule = "metric",
         metric: MetricName = "kronecker",
         topology: Topology | None = None,
         spread: Spread | None = None,
