@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.rate import DistanceRate
 from replica_newton.topology import Topology, TreeReduction
@@ -74,7 +75,9 @@ class MetricStep:
         for parameter, gradient, relative, decay, state in moved:
             unit = self.metric.unit_step(state, gradient)
             state["before_last"], state["last"] = state.get("last", unit), unit
-            parameter.mul_(1.0 - relative * rate * decay).add_(unit.to(parameter.dtype), alpha=-relative * rate)
+            if decay:
+                parameter.mul_(1.0 - relative * rate * decay)
+            parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
             average = state.setdefault("average", parameter.detach().to(unit.dtype, copy=True))
             average.lerp_(parameter.to(unit.dtype), (1.0 + _AVERAGED) / (state["step"] + _AVERAGED))
 
@@ -85,19 +88,28 @@ class MetricStep:
             `(7,)`, fp64 on the CPU: N, how many gradients are not finite, ‖w‖²; then of the last step and of the one
             before the slope down it and its squared length, every parameter weighted by its relative rate.
         """
-        sums = torch.zeros(7, dtype=torch.float64, device=moved[0].gradient.device if moved else None)
-        for parameter, gradient, relative, _, state in moved:
-            size = torch.linalg.vector_norm(parameter, dtype=torch.float64)
-            numbers = [(~torch.isfinite(gradient)).any().double(), size.square()]
-            for name in ("last", "before_last") if "last" in state else ():
-                numbers += [_dot(gradient, state[name]) * relative, _dot(state[name], state[name]) * relative**2]
-            sums[0] += parameter.numel()
-            sums[1 : 1 + len(numbers)] += torch.stack(numbers)
-        return sums.cpu()
+        if not moved:
+            return torch.zeros(7, dtype=torch.float64)
+        table = torch.stack([_numbers(one) for one in moved])
+        sound, size, slope, length, slope_before, length_before = table.cpu().unbind(dim=1)
+        relative = sound.new_tensor([one.relative for one in moved])
+        # A sum can overflow where no element does.
+        wrong = 0 if bool(sound.isfinite().all()) else sum(not one.gradient.isfinite().all() for one in moved)
+        elements = sum(one.parameter.numel() for one in moved)
+        sums = [size @ size, slope @ relative, (length * relative).square().sum()]
+        sums += [slope_before @ relative, (length_before * relative).square().sum()]
+        return torch.cat((sound.new_tensor([elements, wrong]), torch.stack(sums)))
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return one.flatten().to(torch.float64) @ other.flatten().to(torch.float64)
+def _numbers(moved: Moved) -> Tensor:
+    """Of a parameter, `(6,)`: the sum of its gradient, ‖w‖, and the slopes down its last two steps with their lengths."""
+    gradient = moved.gradient.flatten().to(working_dtype(moved.gradient))
+    numbers = [gradient.sum(), torch.linalg.vector_norm(moved.parameter, dtype=gradient.dtype)]
+    for name in ("last", "before_last"):
+        step = moved.state.get(name, gradient.new_zeros(0)).flatten()
+        slope = gradient @ step if len(step) else gradient.new_zeros(())
+        numbers += [slope, torch.linalg.vector_norm(step)]
+    return torch.stack(numbers).double()
 
 
 def check_options(topology: Topology, **options: Any) -> None:

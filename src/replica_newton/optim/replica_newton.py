@@ -40,8 +40,8 @@ class ReplicaNewton(MetricCalls):
     does not do, is in docs/step_rules.md.
 
     With the other rules the replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard
-    of the batch; `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and all
-    replicas take the common step
+    of the batch; `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and
+    all replicas take the common step
 
         w ← w − lr · Ĥ⁻¹ ḡ        (rule "paper"),
         w ← w − lr · |Ĥ|⁻¹ ḡ      (rule "saddle-free": |θ| of the Rayleigh-Ritz pairs in place of σ).
