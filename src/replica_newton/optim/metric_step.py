@@ -102,7 +102,7 @@ class MetricStep:
 
 
 def _numbers(moved: Moved) -> Tensor:
-    """Of a parameter, `(6,)`: the sum of its gradient, ‖w‖, and the slopes down its last two steps with their lengths."""
+    """`(6,)`: sum of a parameter's gradient, ‖w‖, and the slopes down its last two steps, each with its length."""
     gradient = moved.gradient.flatten().to(working_dtype(moved.gradient))
     numbers = [gradient.sum(), torch.linalg.vector_norm(moved.parameter, dtype=gradient.dtype)]
     for name in ("last", "before_last"):
