@@ -1,5 +1,6 @@
 """What the paper's replicas are compared with: first-order methods, LeCun's rate and this library's step."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -70,6 +71,17 @@ class OptimizerTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class AveragedTrainer(OptimizerTrainer):
+    """The same, its network at the average over the last steps; see `ReplicaNewton.averaged`."""
+
+    optimizer: ReplicaNewton
+
+    def network(self) -> nn.Module:
+        """See `Trainer`."""
+        with self.optimizer.averaged():
+            return copy.deepcopy(self.module)
+
+
 class SharpnessRate(OptimizerTrainer):
     """SGD at LeCun's optimal rate, 1/λ_max, as M replicas measure it every ten steps.
 
@@ -124,7 +136,7 @@ TRAINERS: dict[str, Callable[[nn.Module, int, float], Trainer]] = {
     ),
     "adam": lambda module, _, rate: OptimizerTrainer(module, Adam(module.parameters(), rate), Simulated(1)),
     "sharpness-rate": SharpnessRate,
-    "replica-newton": lambda module, _, rate: OptimizerTrainer(
+    "replica-newton": lambda module, _, rate: AveragedTrainer(
         module, ReplicaNewton(module.parameters(), rate, rule="metric"), Simulated(1)
     ),
     "saddle-free": _saddle_free,
