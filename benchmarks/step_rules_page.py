@@ -92,8 +92,8 @@ step's own. **Its replicas bring no curvature to it.**
 What the table can and cannot say:
 
 - **The gain over SOAP at its best rate is that of the fall and of the average**: given both ("rising and falling as
-  ours does, averaged") and a tuned rate, SOAP ends where ours does untuned. That nobody has tuned it is what is ours. Both
-  come with the same metric; Adam, given the same, stays behind.
+  ours does, averaged") and a tuned rate, SOAP ends where ours does untuned. That nobody has tuned it is what is ours.
+  Both come with the same metric; Adam, given the same, stays behind.
 - 2/3, 20, 1/√t and the ninth were chosen on these tasks with the first seed, which the medians of three hold. Larger
   tasks, other networks and longer runs are no part of it. "Half or twice the share" says how much the 2/3 matters.
 - In the long run the best constant share along a cosine is still a little ahead; it was chosen among four.
