@@ -10,6 +10,7 @@ import torch
 from networks import Problem, closure_of, copies, flat, separable_quadratic, trained
 from reference import F64, generator, normal
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from replica_newton import CurvatureMonitor, CurvatureObservation, Simulated
@@ -322,3 +323,34 @@ def test_replicas_beyond_the_rank_have_no_direction():
     problem = classification()
     with pytest.raises(ValueError, match=r"count=6 must be in \[1, 4\], the order of the space"):
         CurvatureMonitor(problem.module, rank=4).observe(closure_of(problem, 6))
+
+
+class SquaredOnce(torch.autograd.Function):
+    """`x²`, whose gradient cannot be differentiated again, as that of many fused operations."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2.0 * x * gradient
+
+
+def test_what_cannot_be_differentiated_twice_is_an_error_that_names_the_way_out():
+    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    before = model.weight.detach().clone()
+
+    def loss() -> Tensor:
+        return SquaredOnce.apply(model.weight).sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice, relative_step=1e-3 takes differences"):
+        CurvatureMonitor(model, every=1, rank=1).observe(loss)
+    monitor = CurvatureMonitor(model, every=1, rank=1, relative_step=1e-3)
+    for _ in range(3):
+        seen = monitor.observe(loss)
+    assert seen.sharpness == pytest.approx(2.0, rel=1e-6)
+    assert torch.equal(model.weight, before)
