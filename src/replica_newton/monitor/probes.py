@@ -90,11 +90,35 @@ def _gradients_at(
     return torch.stack(rows)
 
 
+def refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Find operations that autograd would pass over in silence, as if their gradients were constant.
+
+    Functions marked with `once_differentiable` leave a node that raises, but without a way on from it; so nothing ever
+    comes there when only the gradients of parameters are asked for.
+
+    Args:
+        gradients: made with `create_graph=True`.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    waiting = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().endswith("::Error"):
+            raise RuntimeError("a function is marked as once_differentiable")
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting.extend(new)
+
+
 def _product(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]) -> Tensor:
     if not curved:  # a loss that is linear in its parameters
         return torch.zeros_like(_flat(parameters))
     pieces, along = zip(*curved, strict=True)
     try:
+        refuse_once_differentiable(pieces)
         return _flat(torch.autograd.grad(pieces, parameters, along, materialize_grads=True))
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]

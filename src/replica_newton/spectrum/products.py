@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from replica_newton.monitor.probes import refuse_once_differentiable
 from replica_newton.topology import Simulated
 from replica_newton.topology.simulated import Criterion
 
@@ -172,6 +173,7 @@ class ExactProducts(_FullBatch):
             with torch.enable_grad():
                 loss = self._loss(dict(self._named), inputs, targets)
                 gradient = _flat(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
+            refuse_once_differentiable([gradient])
             if gradient.requires_grad:  # else the loss is linear in all parameters
                 for row, product in zip(vectors, total, strict=True):
                     pieces = torch.autograd.grad(gradient, parameters, row, retain_graph=True, materialize_grads=True)
