@@ -1,11 +1,13 @@
 """The average at which the rule "metric" is evaluated."""
 
+from pathlib import Path
+
 import networks
 import pytest
 import torch
 from networks import closure_of, flat, trained
 
-from replica_newton import ReplicaNewton, Simulated
+from replica_newton import ReplicaNewton, Simulated, save_checkpoint
 
 
 def test_it_is_that_of_the_last_steps_and_the_module_comes_back():
@@ -57,6 +59,16 @@ def test_the_module_comes_back_after_an_error_and_steps_inside_are_refused():
         step_inside()
     assert torch.equal(flat(trained(problem.module)), before)
     optimizer.step(closure_of(problem, 1))
+
+
+def test_a_checkpoint_to_train_on_from_is_not_saved_inside(tmp_path: Path):
+    problem = networks.mlp()
+    optimizer = ReplicaNewton(problem.module.parameters(), rule="metric")
+    optimizer.step(closure_of(problem, 1))
+    with optimizer.averaged(), pytest.raises(RuntimeError, match="must not be saved inside"):
+        save_checkpoint(tmp_path, 1, problem.module, optimizer)
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path, 1, problem.module, optimizer)
 
 
 @pytest.mark.parametrize("rule", ["paper", "metric"])

@@ -70,12 +70,13 @@ class Calls(Optimizer):
         self._outcome: Tensor | FloatingPointError | None = None
         self._rows: list[int] | None = None
         self._together = False
+        self._averaging = False
         self._sum = torch.empty(0)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("topology", "nonfinite", "fallbacks", "skipped", "_skipped_in_a_row", "_counted", "_rows", "_together")
-        unset = {"_outcome": None, "_evaluated": False, "_sum": torch.empty(0)}
+        unset = {"_averaging": False, "_outcome": None, "_evaluated": False, "_sum": torch.empty(0)}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | unset
 
     @torch.no_grad()
@@ -103,7 +104,12 @@ class Calls(Optimizer):
         Args:
             step: steps of training so far.
             save: this process's part, given the number of steps; made again if workers are lost meanwhile.
+
+        Raises:
+            RuntimeError: inside `averaged`, where training would go on from the average.
         """
+        if self._averaging:
+            raise RuntimeError("checkpoints must not be saved inside `with optimizer.averaged()`")
         self._call(_Call.SAVE, number=step, save=save)
 
     @torch.no_grad()

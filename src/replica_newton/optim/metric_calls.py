@@ -22,7 +22,6 @@ class MetricCalls(Calls):
 
     max_norm: float | None = None
     metric_step: MetricStep | None = None
-    _averaging = False
 
     def _take_metric_step(
         self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
@@ -84,26 +83,29 @@ class MetricCalls(Calls):
 
         For the rule "metric" that is the average of the parameters over about the last ninth of all steps, in which the
         noise of single steps is gone: what otherwise a rate that falls to zero is for. For other rules it is where
-        `synchronise` puts the module. Batch-norm statistics stay those of training. Steps must not be taken inside.
+        `synchronise` puts the module. Batch-norm statistics stay those of training. Save the model in here to use it,
+        and by `save_checkpoint` outside to train on.
 
         Yields:
             Nothing.
 
         Raises:
-            RuntimeError: by `step`, if a step is tried inside.
+            RuntimeError: by `step` and `checkpoint`, if they are called inside.
         """
         self.synchronise()
+        if self.metric_step is None:
+            yield
+            return
         parameters = self._trained()
-        before = [] if self.metric_step is None else [p.detach().clone() for p in parameters]
+        before = [p.detach().clone() for p in parameters]
         self._averaging = True
         try:
-            if self.metric_step is not None:
-                self._move_to_average(self.metric_step, parameters)
+            self._move_to_average(self.metric_step, parameters)
             yield
         finally:
             self._averaging = False
             with torch.no_grad():
-                for parameter, values in zip(parameters, before, strict=self.metric_step is not None):
+                for parameter, values in zip(parameters, before, strict=True):
                     parameter.copy_(values)
 
     @torch.no_grad()
