@@ -48,7 +48,8 @@ def run_processes(
     """
     # One server imports torch once; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed", "replica_newton"])
+    # The first optimizer of a process imports torch._dynamo, for a second.
+    context.set_forkserver_preload(["pytest", "torch.distributed", "torch._dynamo", "replica_newton"])
     ranks = range(count + newcomers)
     processes = [context.Process(target=_main, args=(folder, rank, count, tcp, case, options)) for rank in ranks]
     for process in processes:
