@@ -137,6 +137,16 @@ class SignalScaled:
         return max(1e-3, 1.0 - self.noise / self.square) ** 0.5 if self.square else 1.0
 
 
+def _variant(
+    difference: str, metric: MetricName = "kronecker", *, rates: tuple[float, ...] = (SHARE,), averaged: bool = True
+) -> Rule:
+    """The untuned step but for one thing, at one seed."""
+    make = _untuned(metric)
+    return Rule(
+        f'as "metric", {difference}', rates, make, True, True, schedule="own", averaged=averaged, every_seed=False
+    )
+
+
 RULES: dict[str, Rule] = {
     "metric": Rule(
         '`ReplicaNewton(rule="metric")`, untuned, no schedule',
@@ -171,45 +181,10 @@ RULES: dict[str, Rule] = {
         averaged=True,
         every_seed=False,
     ),
-    "last": Rule(
-        'as "metric", at its last point',
-        (SHARE,),
-        _untuned("kronecker"),
-        True,
-        True,
-        schedule="own",
-        every_seed=False,
-    ),
-    "half": Rule(
-        'as "metric", half or twice the share of the distance',
-        (SHARE / 2, 2 * SHARE),
-        _untuned("kronecker"),
-        True,
-        True,
-        schedule="own",
-        averaged=True,
-        every_seed=False,
-    ),
-    "diagonal": Rule(
-        'as "metric", diagonal metric',
-        (SHARE,),
-        _untuned("diagonal"),
-        True,
-        True,
-        schedule="own",
-        averaged=True,
-        every_seed=False,
-    ),
-    "identity": Rule(
-        'as "metric", identity metric',
-        (SHARE,),
-        _untuned("identity"),
-        True,
-        True,
-        schedule="own",
-        averaged=True,
-        every_seed=False,
-    ),
+    "last": _variant("at its last point", averaged=False),
+    "half": _variant("half or twice the share of the distance", rates=(SHARE / 2, 2 * SHARE)),
+    "diagonal": _variant("diagonal metric", "diagonal"),
+    "identity": _variant("identity metric", "identity"),
     "cosine": Rule('as "metric", 0.3 of the distance along a cosine, last point', (0.3,), _ours(), True, True),
     "share": Rule('as "cosine", best share of the distance', (0.15, 0.6, 1.2), _ours(), False, True, every_seed=False),
     "steered": Rule(

@@ -87,6 +87,9 @@ ThreadsOption = Annotated[
         help="Threads of torch. Bits are the same for the same number; more than one helps an idle machine alone.",
     ),
 ]
+_PROCESSORS = os.cpu_count() or 1
+WorkersOption = Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each; by default one a processor.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget what has been run before.")]
 LimitOption = Annotated[int | None, typer.Option(help="Train on this many samples only, the first ones.")]
 _METHODS_HELP = "; ".join(f"[bold]{name}[/bold]: {method.description}" for name, method in METHODS.items())
 
@@ -307,10 +310,8 @@ def reproduce(
         Path | None,
         typer.Option(help="Folder of the page; by default docs for the whole study, else one in runs/."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Runs at a time, one thread each; by default one a processor.")
-    ] = os.cpu_count() or 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what has been run before.")] = False,
+    workers: WorkersOption = _PROCESSORS,
+    fresh: FreshOption = False,
 ) -> None:
     """Redo the paper's figures, every reading of it, and what explains them: some hours on two cores.
 
@@ -358,10 +359,8 @@ def benchmark(
         Path | None,
         typer.Option(help="Folder of the page; by default docs for the whole benchmark, else one in runs/."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Runs at a time, one thread each; by default one a processor.")
-    ] = os.cpu_count() or 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what has been run before.")] = False,
+    workers: WorkersOption = _PROCESSORS,
+    fresh: FreshOption = False,
 ) -> None:
     """Compare optimizers on many tasks, each at the best of its rates: some hours on two cores.
 

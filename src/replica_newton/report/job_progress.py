@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
+from replica_newton.report.live import LiveDisplay
 from replica_newton.report.progress import bar_line, time_left
 from replica_newton.runner import Job
 
@@ -16,7 +15,7 @@ JobT = TypeVar("JobT", bound=Job)
 _REFRESH_PER_SECOND = 2
 
 
-class JobProgress(Generic[JobT]):
+class JobProgress(LiveDisplay, Generic[JobT]):
     """Display of what a `Runner` does, as a context manager: a bar with the time left, and the jobs under way.
 
     The time left is that of the work left, as far as it is settled which jobs are needed, at the speed so far.
@@ -28,28 +27,12 @@ class JobProgress(Generic[JobT]):
     """
 
     def __init__(self, console: Console, title: str, describe: Callable[[JobT, Any], str]) -> None:
-        self._console = console
         self._title = title
         self._describe = describe
         self._started = time.monotonic()
         self._done, self._total = 0.0, 0.0
         self._running: list[tuple[str, float, int]] = []
-        self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(
-                console=console, get_renderable=self._render, refresh_per_second=_REFRESH_PER_SECOND, transient=True
-            )
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        super().__init__(console, _REFRESH_PER_SECOND)
 
     def update(self, done: float, total: float, running: list[tuple[str, float, int]]) -> None:
         """See `JobObserver`.

@@ -2,22 +2,20 @@
 
 import math
 import time
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from replica_newton.report.formats import MISSING, format_nll, format_percent
+from replica_newton.report.live import LiveDisplay
 
 _REFRESH_PER_SECOND = 8
 
 
-class TrainingProgress:
+class TrainingProgress(LiveDisplay):
     """Display of one training run after the other, as a context manager.
 
     A terminal shows a bar with the newest numbers, drawn by a thread of rich eight times a second: a step only stores
@@ -32,7 +30,6 @@ class TrainingProgress:
     def __init__(
         self, console: Console | None = None, *, enabled: bool = True, below: RenderableType | None = None
     ) -> None:
-        self._console = console or Console()
         self._below = below
         self._enabled = enabled
         self._label: str | None = None
@@ -42,26 +39,7 @@ class TrainingProgress:
         self._epoch = ""
         self._total_runs = self._completed_runs = self._first_run = 0
         self._runs_started = 0.0
-        # Last, because it draws once already.
-        self._live: Live | None = None
-        if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._render,
-                refresh_per_second=_REFRESH_PER_SECOND,
-                transient=True,
-            )
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        super().__init__(console or Console(), _REFRESH_PER_SECOND, enabled=enabled)
 
     def set_total_runs(self, total: int, completed: int = 0) -> None:
         """Outer bar over several runs.

@@ -5,9 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.text import Text
 
+from replica_newton.report.live import LiveDisplay
 from replica_newton.report.progress import bar_line, time_left
 from replica_newton.report.spectrum import sweeps_table
 from replica_newton.spectrum import Sweep
@@ -15,7 +15,7 @@ from replica_newton.spectrum import Sweep
 _REFRESH_PER_SECOND = 4
 
 
-class SpectrumProgress:
+class SpectrumProgress(LiveDisplay):
     """Display of the sweeps, as a context manager.
 
     A terminal shows the table grow, with a bar below; anything else gets one line a sweep. How many sweeps are needed
@@ -29,31 +29,24 @@ class SpectrumProgress:
     """
 
     def __init__(self, console: Console, label: str, top: int, sweeps: int) -> None:
-        self._console, self._label, self._top = console, label, top
+        self._label, self._top = label, top
         self._sweeps: list[Sweep] = []
         self._phase, self._total, self._done = "sweep", float(sweeps), 0.0
         self._started = time.monotonic()
-        self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(
-                console=console, get_renderable=self._render, refresh_per_second=_REFRESH_PER_SECOND, transient=True
-            )
+        super().__init__(console, _REFRESH_PER_SECOND)
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        else:
+        if self._live is None:
             self._print(self._label)
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            if kind is None:
-                self._print(self._label)
-                self._console.print(sweeps_table(self._sweeps, self._top))
+        super().__exit__(kind, error, trace)
+        if self._live is not None and kind is None:
+            self._print(self._label)
+            self._console.print(sweeps_table(self._sweeps, self._top))
 
     def advance(self, share: float) -> None:
         """A batch was evaluated.
