@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from replica_newton import ReplicaNewton
-from replica_newton.optim.metric import MetricName
+from replica_newton.benchmark.optimizers import UnfittedMetric
+from replica_newton.optim.metric import Metric
+from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.rate import SHARE, DistanceRate
 
 PROBE_EVERY = 10
@@ -73,19 +76,14 @@ class ConstantShare(DistanceRate):
 
 
 def _ours(
-    metric: MetricName = "kronecker", rate: Callable[..., DistanceRate] = ConstantShare
+    metric: Callable[[], Metric] = Metric, rate: Callable[..., DistanceRate] = ConstantShare
 ) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
     def make(parameters: Iterable[nn.Parameter], share: float) -> Optimizer:
-        optimizer = ReplicaNewton(parameters, rule="metric", metric=metric)
-        if optimizer.metric_step is not None:
-            optimizer.metric_step.rate = rate(share=share)
+        optimizer = ReplicaNewton(parameters, rule="metric")
+        optimizer.metric_step = MetricStep(metric(), rate(share=share))
         return optimizer
 
     return make
-
-
-def _untuned(metric: MetricName) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
-    return _ours(metric, DistanceRate)
 
 
 def _peer(name: str, **options: Any) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
@@ -138,10 +136,14 @@ class SignalScaled:
 
 
 def _variant(
-    difference: str, metric: MetricName = "kronecker", *, rates: tuple[float, ...] = (SHARE,), averaged: bool = True
+    difference: str,
+    metric: Callable[[], Metric] = Metric,
+    *,
+    rates: tuple[float, ...] = (SHARE,),
+    averaged: bool = True,
 ) -> Rule:
     """The untuned step but for one thing, at one seed."""
-    make = _untuned(metric)
+    make = _ours(metric, DistanceRate)
     return Rule(
         f'as "metric", {difference}', rates, make, True, True, schedule="own", averaged=averaged, every_seed=False
     )
@@ -151,7 +153,7 @@ RULES: dict[str, Rule] = {
     "metric": Rule(
         '`ReplicaNewton(rule="metric")`, untuned, no schedule',
         (SHARE,),
-        _untuned("kronecker"),
+        _ours(rate=DistanceRate),
         True,
         True,
         schedule="own",
@@ -183,8 +185,10 @@ RULES: dict[str, Rule] = {
     ),
     "last": _variant("at its last point", averaged=False),
     "half": _variant("half or twice the share of the distance", rates=(SHARE / 2, 2 * SHARE)),
-    "diagonal": _variant("diagonal metric", "diagonal"),
-    "identity": _variant("identity metric", "identity"),
+    "unfitted": _variant("second moments as they are when bases turn, as SOAP's", UnfittedMetric),
+    "slower": _variant("momentum 0.95 in place of 0.9", partial(Metric, momentum=0.95)),
+    "diagonal": _variant("diagonal metric", partial(Metric, "diagonal")),
+    "identity": _variant("identity metric", partial(Metric, "identity")),
     "cosine": Rule('as "metric", 0.3 of the distance along a cosine, last point', (0.3,), _ours(), True, True),
     "share": Rule('as "cosine", best share of the distance', (0.15, 0.6, 1.2), _ours(), False, True, every_seed=False),
     "steered": Rule(

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from replica_newton.benchmark.steppers import AtItsAverage, Averaging, DiagonalHessian, FreshLBFGS, Stepper
 from replica_newton.benchmark.tasks import Task
 from replica_newton.optim import ReplicaNewton
-from replica_newton.optim.metric import MetricName
+from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Simulated
@@ -147,11 +147,23 @@ def _schedule_free(module: nn.Module, criterion: Criterion, rate: float) -> Step
     return Averaging(module, criterion, _optimizer("ScheduleFreeAdamW", module, rate))
 
 
+class UnfittedMetric(Metric):
+    """The metric "kronecker" whose second moments stay as they are when a basis turns, as SOAP's do."""
+
+    def _fit(self, state: dict[str, Any], side: str, sums: Tensor) -> None:
+        """Nothing."""
+
+
 def _metric(
-    name: MetricName = "kronecker", stepper: Callable[[nn.Module, Criterion, ReplicaNewton], Stepper] = AtItsAverage
+    name: MetricName = "kronecker",
+    stepper: Callable[[nn.Module, Criterion, ReplicaNewton], Stepper] = AtItsAverage,
+    metric: Callable[[], Metric] | None = None,
 ) -> Make:
     def make(module: nn.Module, criterion: Criterion, rate: float) -> Stepper:
-        return stepper(module, criterion, ReplicaNewton(module.parameters(), rate, rule="metric", metric=name))
+        optimizer = ReplicaNewton(module.parameters(), rate, rule="metric", metric=name)
+        if metric is not None and optimizer.metric_step is not None:
+            optimizer.metric_step.metric = metric()
+        return stepper(module, criterion, optimizer)
 
     return make
 
@@ -257,6 +269,7 @@ METHODS: dict[str, Method] = {
         "evaluated at its last point", _metric(stepper=lambda *parts: Stepper(*parts, scheduled=False))
     ),
     "cosine": _ablation("its rate times the peers' schedule, last point", _metric(stepper=Stepper)),
+    "unfitted": _ablation("second moments as they are when bases turn (SOAP's)", _metric(metric=UnfittedMetric)),
     "diagonal": _ablation("diagonal metric", _metric("diagonal")),
     "identity": _ablation("no metric (identity)", _metric("identity")),
     "M=1": _ablation("no curvature, M = 1: SGD, rate 0.1", _torch(torch.optim.SGD), CURVATURE_RATE),

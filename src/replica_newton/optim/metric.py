@@ -34,6 +34,11 @@ class Metric:
     longer than `max_dimension`, are not rotated. The basis used at a step has not seen that step's gradient. It
     is an eigendecomposition at first, later one step of orthogonal iteration every `refresh_every` steps.
 
+    When a basis turns, V is still that of the old coordinates. What is known in the new ones are the sums of its rows
+    and of its columns, the diagonals of `Q_Lᵀ L Q_L` and `Q_Rᵀ R Q_R` of the averaged factors L and R: its rows are
+    scaled to the ones, then its columns to the others. SOAP leaves V as it is, and so divides by variances of other
+    directions until they are forgotten.
+
     The first step, of which there is no second moment yet, is the gradient in units of its own length. Moments are kept
     in units of the first gradient that is not zero, so that no scale of the loss over- or underflows. Without rotation
     and with β₁ = β₂ no element exceeds 1; where a basis has just turned one can, and is cut at 3.
@@ -51,7 +56,8 @@ class Metric:
         ValueError: if an argument is out of range.
 
     Source:
-        Kingma and Ba (2015), arXiv 1412.6980; Vyas et al. (2025), arXiv 2409.11321, algorithm 3.
+        Kingma and Ba (2015), arXiv 1412.6980; Vyas et al. (2025), arXiv 2409.11321, algorithm 3; Deming and Stephan
+        (1940), Ann. Math. Statist. 11, for the scaling to known sums.
     """
 
     STATE = ("unit", "momentum", "second_moment", "left", "right", "left_basis", "right_basis")
@@ -61,7 +67,7 @@ class Metric:
         self,
         name: MetricName = "kronecker",
         *,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         decay: float = 0.95,
         refresh_every: int = 5,
         max_dimension: int = 1024,
@@ -128,16 +134,32 @@ class Metric:
         return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0
 
     def _turn(self, state: dict[str, Any], G: Tensor, step: int) -> None:
-        """Take a gradient into the factors, and turn the bases if it is time."""
+        """Take a gradient into the factors; turn the bases if it is time, and scale V to what it is in them."""
         for side, matrix in (("left", G), ("right", G.T)):
             if not 1 < len(matrix) <= self.max_dimension:
                 continue
             factor = _averaged(state, side, matrix @ matrix.T, self.decay)
             basis = state.get(f"{side}_basis")
             if basis is None:
-                state[f"{side}_basis"] = torch.linalg.eigh(factor).eigenvectors.flip(1).contiguous()
+                basis = torch.linalg.eigh(factor).eigenvectors.flip(1).contiguous()
             elif step % self.refresh_every == 0:
-                state[f"{side}_basis"] = torch.linalg.qr(factor @ basis).Q
+                basis = torch.linalg.qr(factor @ basis).Q
+            else:
+                continue
+            state[f"{side}_basis"] = basis
+            if step > 1:
+                self._fit(state, side, (factor @ basis * basis).sum(dim=0))
+
+    def _fit(self, state: dict[str, Any], side: str, sums: Tensor) -> None:
+        """Scale V along a side whose basis has turned to the sums of squares that its factor has there."""
+        # V has not seen the first gradient, the factors have: neither is corrected for it yet.
+        step = state["step"]
+        sums = sums * (1.0 - self.decay ** (step - 1)) / (1.0 - self.decay**step)
+        V = state["second_moment"] if side == "left" else state["second_moment"].T
+        ratios = sums / V.sum(dim=1)
+        # What is less than the rounding of the largest tells nothing.
+        known = (sums > torch.finfo(sums.dtype).eps * sums.max()) & ratios.isfinite()
+        V.mul_(torch.where(known, ratios, 1.0)[:, None])
 
 
 def _sides(shape: Sequence[int]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-SHARE = 2.0 / 3.0
+SHARE = 0.5
 """Of the distance, that the longest step of unit size covers. By experiment: see docs/step_rules.md."""
 _ALL_ZERO = 0.01
 """Distance where all weights are zero at first, in their own unit: it grows from there."""
