@@ -61,14 +61,31 @@ def test_ratios_and_bars_are_those_of_the_medians(completed: Completed) -> None:
         "M=1": {task: pytest.approx(2.0) for task in FINALS},
         "paper": dict.fromkeys(FINALS),
     }
+    # Ours at 5, 4, 3, 2 and 1 times 0.95, against Adam's 2.0 after all five.
+    assert found["reached"] == {"digits-mlp-full": pytest.approx(0.8)}
+    assert found["safety"] == {"runs": 30, "seeds": 10, "diverged": 0}
     row = found["tasks"]["mnist-relu"]["methods"]["paper"]
     assert (row["final_nll"], row["diverged"], row["at_the_edge"]) == (None, 3, False)
+
+
+def test_a_run_of_ours_that_diverges_with_any_seed_is_found(completed: Completed) -> None:
+    def seventh(run: Run) -> float:
+        return math.inf if (run.task, run.method, run.seed) == ("digits-mlp", "replica-newton", 7) else final(run)
+
+    assert findings(PLAN, completed(PLAN, seventh)[0])["safety"]["diverged"] == 1
+
+
+def test_what_never_comes_as_low_as_adam_has_not_reached_it(completed: Completed) -> None:
+    def high(run: Run) -> float:
+        return 3.0 if run.method == "replica-newton" else final(run)
+
+    assert findings(PLAN, completed(PLAN, high)[0])["reached"] == {"digits-mlp-full": None}
 
 
 def test_an_unfinished_benchmark_has_no_findings(completed: Completed) -> None:
     records, order = completed(PLAN, final)
     del records[order[-1]]
-    with pytest.raises(ValueError, match="must be finished"):
+    with pytest.raises(ValueError, match=r"must be finished: replica-newton on .* with seed 9 is not"):
         findings(PLAN, records)
 
 
@@ -78,6 +95,9 @@ def test_the_page_says_what_was_found(completed: Completed, tmp_path: Path) -> N
     text = page.read_text()
     assert "replica-newton benchmark --made-up" in text
     assert "| at most 0.95 × the best first-order method on two thirds of the tasks | on 2 of 3 | holds |" in text
+    assert "| no run of the default diverges | 0 of 30, 10 seeds a task | holds |" in text
+    reached = "| digits, MLP, full batch: best-tuned Adam's final loss within 0.67 of its evaluations "
+    assert f"{reached}| within 0.80 | does not hold |" in text
     assert "0.900 [0.900 – 1.500], lower in 2 of 3 seeds | SGD |" in text
     assert "two-sided p of\n0.25 in a sign test: no single task can be significant" in text
     assert "| the paper's rule, M = 8, own data, rate 0.1 | diverged | diverged | diverged |" in text

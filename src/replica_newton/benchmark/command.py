@@ -31,7 +31,7 @@ def open_benchmark(
         methods: keys of `METHODS`, separated by commas; None for all.
         data: where the images are.
         quick: whether to run little of everything.
-        seeds: how many; None for the default.
+        seeds: how many, of our default too; None for the default.
         out: folder of the page; None for its default.
         workers: runs at a time.
 
@@ -55,7 +55,7 @@ def open_benchmark(
     if not plan.pairs():
         raise RunError(f"{', '.join(plan.methods)} must apply to one of {', '.join(plan.tasks)}: larger batches needed")
     if seeds is not None:
-        plan = replace(plan, extent=replace(plan.extent, seeds=seeds))
+        plan = replace(plan, extent=replace(plan.extent, seeds=seeds, own_seeds=seeds))
     whole = tasks is None and methods is None and not quick
     folder = out or (Path("docs") if whole else WORK / ("benchmark-quick" if quick else "benchmark"))
     if folder.exists() and not folder.is_dir():

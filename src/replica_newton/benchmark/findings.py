@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import median, median_low
 from typing import Any
 
-from replica_newton.benchmark.optimizers import METHODS, OURS
+from replica_newton.benchmark.optimizers import LARGE_BATCH, METHODS, OURS
 from replica_newton.benchmark.plan import Entry, Plan
 from replica_newton.benchmark.results import Records
 from replica_newton.benchmark.run import Record
@@ -42,6 +42,9 @@ def entries(plan: Plan, records: Records) -> Entries:
         if entry is None:
             raise ValueError(f"the benchmark must be finished: {method} on {task} is not")
         found[task][method] = entry
+    for task, seed in plan.further_seeds():
+        if plan.run(task, OURS, METHODS[OURS].rates[0], seed) not in records:
+            raise ValueError(f"the benchmark must be finished: {OURS} on {task} with seed {seed} is not")
     return found
 
 
@@ -83,8 +86,9 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
         records: all of its runs.
 
     Returns:
-        Sections "extent", "tasks" (by name: what it is and a row a method), "ratios" (by task, by opponents), "bars"
-        and "ablations" (by method, by task: its NLL over ours).
+        Sections "extent", "tasks" (by name: what it is and a row a method), "ratios" (by task, by opponents), "bars",
+        "reached" (by task of large batches: the share of Adam's evaluations after which ours has its final NLL),
+        "safety" (how many runs of ours, and how many diverged) and "ablations" (by method, by task: its NLL over ours).
 
     Raises:
         ValueError: if a run is missing.
@@ -107,6 +111,12 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
         "tasks": {task: _task(plan, records, task, rows) for task, rows in found.items()},
         "ratios": ratios,
         "bars": [_bar(ratios.values(), *bar) for bar in BARS] if ratios else [],
+        "reached": {
+            task: _reached(plan, records, rows)
+            for task, rows in found.items()
+            if {OURS, "adam"} <= rows.keys() and TASKS[task].batch_size >= LARGE_BATCH
+        },
+        "safety": _safety(plan, records),
         "ablations": _ablations(found),
     }
 
@@ -165,6 +175,28 @@ def _ratio(rows: dict[str, Entry], opponents: str) -> dict[str, Any] | None:
         "seeds_lower": sum(value < 1.0 for value in paired),
         "seeds": len(paired),
     }
+
+
+def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> float | None:
+    """How soon our batches' losses are as low as the final NLL of Adam, both of the median seed.
+
+    Returns:
+        Gradient evaluations until then over all that Adam spends; None if they never are. An upper bound: losses are
+        those before the average is taken, and known for every twentieth of the budget.
+    """
+    ours, adam = (median_record(plan, records, rows[method]) for method in (OURS, "adam"))
+    for spent, _, nll in ours.curve:
+        if nll <= adam.final_nll:
+            return spent / adam.evaluations
+    return None
+
+
+def _safety(plan: Plan, records: Records) -> dict[str, int]:
+    """Runs of our default with all seeds."""
+    seeds = range(max(plan.extent.seeds, plan.extent.own_seeds))
+    tasks = [task for task, method in plan.pairs() if method == OURS]
+    runs = [records[plan.run(task, OURS, METHODS[OURS].rates[0], seed)] for task in tasks for seed in seeds]
+    return {"runs": len(runs), "seeds": len(seeds), "diverged": sum(record.diverged for record in runs)}
 
 
 def _over(ours: float, theirs: float) -> float:

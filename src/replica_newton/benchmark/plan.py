@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-from replica_newton.benchmark.optimizers import METHODS
+from replica_newton.benchmark.optimizers import METHODS, OURS
 from replica_newton.benchmark.run import Record, Run
 from replica_newton.benchmark.tasks import TASKS
 from replica_newton.training.rates import tune
@@ -17,6 +17,7 @@ class Extent:
 
     Attributes:
         seeds: of every rate that is compared, from 0.
+        own_seeds: of our default, to see whether it ever diverges; those beyond `seeds` count for nothing else.
         rates: of a grid, the ones in its middle; None for all.
         extensions: rates that may be added at either end of a grid, as long as the best is the last one there.
         neighbours: rates on either side of the best that are run with all seeds, too.
@@ -24,6 +25,7 @@ class Extent:
     """
 
     seeds: int = 3
+    own_seeds: int = 10
     rates: int | None = None
     extensions: int = 3
     neighbours: int = 1
@@ -31,7 +33,7 @@ class Extent:
 
 
 FULL = Extent()
-QUICK = Extent(seeds=1, rates=3, extensions=0, neighbours=0, quick=True)
+QUICK = Extent(seeds=1, own_seeds=1, rates=3, extensions=0, neighbours=0, quick=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Plan:
             records: what is known.
 
         Yields:
-            First all of seed 0, then the other seeds; those that stand in for a choice to be made are tentative.
+            First all of seed 0, then the other seeds, then further ones of our default; those that stand in for a
+            choice to be made are tentative.
         """
         # One pass over all tasks before the next, so that a benchmark that is stopped early has something of each.
         rest: list[Run] = []
@@ -102,6 +105,12 @@ class Plan:
                 for rate in compared
             ]
         yield from rest
+        yield from (self.run(task, OURS, METHODS[OURS].rates[0], seed) for task, seed in self.further_seeds())
+
+    def further_seeds(self) -> list[tuple[str, int]]:
+        """Tasks and seeds that only our default is run with."""
+        tasks = [task for task, method in self.pairs() if method == OURS]
+        return [(task, seed) for seed in range(self.extent.seeds, self.extent.own_seeds) for task in tasks]
 
     def run(self, task: str, method: str, rate: float, seed: int, *, tentative: bool = False) -> Run:
         """One run.
