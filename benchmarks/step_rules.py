@@ -31,6 +31,7 @@ from replica_newton.training.loop import batches
 from replica_newton.training.models import Activation, reference_convnet
 
 RESULTS = Path("docs/results/step_rules.jsonl")
+COSTS = Path("docs/results/metric_cost.json")
 PAGE = Path("docs/step_rules.md")
 SEEDS = (0, 1, 2)
 SLOPES_EVERY = 10
@@ -86,7 +87,8 @@ def main() -> None:
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
                 console.print(f"{key.task}, {key.rule} at {key.rate:g}, seed {key.seed}: {record.loss:.4g}")
-    PAGE.write_text(write_page(read(), list(TASKS), RULES))
+    costs = json.loads(COSTS.read_text())["milliseconds"] if COSTS.exists() else {}
+    PAGE.write_text(write_page(read(), list(TASKS), RULES, costs))
 
 
 def planned(tasks: list[str], rules: list[str], seeds: int) -> Iterator[Key]:

@@ -28,7 +28,7 @@ class Metric:
 
     - `identity`: no rotation, and the mean of V over the tensor in place of V: the averaged gradient, of unit scale.
     - `diagonal`: no rotation. This is Adam.
-    - `kronecker`: `Q_L` and `Q_R` are the eigenbases of the moving averages of `G Gᵀ` and `Gᵀ G`. This is SOAP.
+    - `kronecker`: `Q_L` and `Q_R` are the eigenbases of the moving averages of `G Gᵀ` and `Gᵀ G`. It is SOAP but for V.
 
     A parameter of more dimensions is taken as a matrix of its first and all others; one of fewer than two, and a side
     longer than `max_dimension`, are not rotated. The basis used at a step has not seen that step's gradient. It
