@@ -119,13 +119,11 @@ class Metric:
         if step == 1:
             unit = _per_root(G, G.square().mean())
         else:
-            mean = _averaged(state, "momentum", G, self.momentum) / (1.0 - self.momentum ** (step - 1))
             Z = _rotated(state, G)
-            V = _averaged(state, "second_moment", Z.square(), self.decay)
-            V = V / (1.0 - self.decay ** (step - 1))
-            if self.name == "identity":
-                V = V.mean()
-            unit = _rotated(state, _per_root(_rotated(state, mean), V), back=True)
+            V = _kept(state, "second_moment", Z).mul_(self.decay).addcmul_(Z, Z, value=1.0 - self.decay)
+            mean = _rotated(state, _averaged(state, "momentum", G, self.momentum))
+            unbiased = (1.0 - self.decay ** (step - 1)) ** 0.5 / (1.0 - self.momentum ** (step - 1))
+            unit = _rotated(state, _per_root(mean, V.mean() if self.name == "identity" else V, unbiased), back=True)
         if self._rotates(shape):
             self._turn(state, G, step)
         return unit.reshape(shape)
@@ -168,12 +166,17 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
     return rows, math.prod(shape) // rows
 
 
+def _kept(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
+    """An average in the state, zero before there is one."""
+    if name not in state:
+        state[name] = torch.zeros_like(like)
+    average: Tensor = state[name]
+    return average
+
+
 def _averaged(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
     """The moving average after one more value."""
-    if name not in state:
-        state[name] = torch.zeros_like(value)
-    average: Tensor = state[name]
-    return average.lerp_(value.to(average), 1.0 - decay)
+    return _kept(state, name, value).lerp_(value, 1.0 - decay)
 
 
 def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Tensor:
@@ -188,14 +191,15 @@ def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Te
 
 def _unit(state: dict[str, Any], G: Tensor) -> Tensor:
     """Largest element of the first gradient that is not zero; one until there is one."""
-    largest = G.abs().max() if G.numel() else G.new_ones(())
+    largest = torch.linalg.vector_norm(G, math.inf) if G.numel() else G.new_ones(())
     before = state.get("unit", torch.zeros_like(largest)).to(largest)
     state["unit"] = torch.where(before > 0, before, largest)
     return torch.where(state["unit"] > 0, state["unit"], 1.0)
 
 
-def _per_root(matrix: Tensor, squares: Tensor) -> Tensor:
-    """`X / √V`, cut; zero where V is."""
+def _per_root(matrix: Tensor, squares: Tensor, factor: float = 1.0) -> Tensor:
+    """`factor · X / √V`, cut; next to nothing where V is so small that it is zero everywhere."""
     roots = squares.sqrt()
-    roots = roots + _FLOOR * torch.finfo(roots.dtype).eps * torch.linalg.vector_norm(roots)
-    return torch.where(roots > 0, matrix / roots, 0.0).clamp(-_LIMIT, _LIMIT)
+    length = torch.linalg.vector_norm(roots)
+    roots.add_(torch.where(length > 0, _FLOOR * torch.finfo(roots.dtype).eps * length, 1.0))
+    return (matrix / roots).mul_(factor).clamp_(-_LIMIT, _LIMIT)

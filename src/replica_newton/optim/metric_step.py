@@ -78,8 +78,9 @@ class MetricStep:
             if decay:
                 parameter.mul_(1.0 - relative * rate * decay)
             parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
-            average = state.setdefault("average", parameter.detach().to(unit.dtype, copy=True))
-            average.lerp_(parameter.to(unit.dtype), (1.0 + _AVERAGED) / (state["step"] + _AVERAGED))
+            if "average" not in state:
+                state["average"] = parameter.detach().to(unit.dtype, copy=True)
+            state["average"].lerp_(parameter.to(unit.dtype), (1.0 + _AVERAGED) / (state["step"] + _AVERAGED))
 
     def _sums(self, moved: Sequence[Moved]) -> Tensor:
         """What must be known of all parameters.
