@@ -93,7 +93,7 @@ def test_the_metric_starts_with_steps_of_a_share_of_the_weights_size():
     problem = Problem()
     before, gradient = problem.vector, problem.gradient()
     problem.steps("metric", 1, 1)
-    size = 2 / 3 * float(before.square().mean().sqrt()) / 20
+    size = 0.5 * float(before.square().mean().sqrt()) / 20
     for start, end in ((0, 6), (6, 8)):  # weight and bias have units of their own
         unit = gradient[start:end] / gradient[start:end].square().mean().sqrt()
         torch.testing.assert_close(problem.vector[start:end], before[start:end] - RATE * size * unit)
