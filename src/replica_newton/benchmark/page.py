@@ -23,7 +23,7 @@ PAGE = "benchmarks.md"
 PLACE = "benchmarks"
 SUMMARY = "summary.json"
 _FILTERS: dict[str, Callable[[Any], str]] = {
-    "ratio": lambda value: "diverged" if value is None else f"{value:.3f}",
+    "ratio": lambda value: "diverged" if value is None else f"{value:.3f}" if value < 100.0 else f"{value:,.0f}",
     "rate": format_rate,
     "seconds": lambda value: MISSING if value is None else format_seconds(value),
     "hours": lambda value: f"{value:.2g}",
