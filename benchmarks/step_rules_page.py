@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from metric_cost import OPTIMIZERS, over_bar
 from step_rules_tried import Rule
 
 
@@ -64,8 +65,7 @@ def write_page(
 
 def _cost(name: str, milliseconds: Mapping[str, float]) -> str:
     times = " | ".join(f"{milliseconds[key]:.3g}" for key in _TIMES)
-    bar = 1.1 * milliseconds["Adam"] + milliseconds["gradient"] / 10.0
-    return f"| {name} | {milliseconds['parameters']:,} | {times} | {milliseconds['kronecker'] / bar:.1f} |"
+    return f"| {name} | {milliseconds['parameters']:,} | {times} | {over_bar(milliseconds):.1f} |"
 
 
 def _cell(records: Mapping[Key, Record], task: str, rule: str) -> str:
@@ -137,7 +137,7 @@ best rates of all methods stand between about 0.5 and a few units. Where slopes 
 little.
 """
 
-_TIMES = ("gradient", "Adam", "SOAP", "kronecker", "diagonal", "identity")
+_TIMES = ("gradient", *OPTIMIZERS)
 _COSTS = """
 ## What a step costs
 

@@ -42,9 +42,9 @@ def entries(plan: Plan, records: Records) -> Entries:
         if entry is None:
             raise ValueError(f"the benchmark must be finished: {method} on {task} is not")
         found[task][method] = entry
-    for task, seed in plan.further_seeds():
-        if plan.run(task, OURS, METHODS[OURS].rates[0], seed) not in records:
-            raise ValueError(f"the benchmark must be finished: {OURS} on {task} with seed {seed} is not")
+    for run in plan.own_runs():
+        if run not in records:
+            raise ValueError(f"the benchmark must be finished: {OURS} on {run.task} with seed {run.seed} is not")
     return found
 
 
@@ -193,10 +193,9 @@ def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> float | No
 
 def _safety(plan: Plan, records: Records) -> dict[str, int]:
     """Runs of our default with all seeds."""
-    seeds = range(max(plan.extent.seeds, plan.extent.own_seeds))
-    tasks = [task for task, method in plan.pairs() if method == OURS]
-    runs = [records[plan.run(task, OURS, METHODS[OURS].rates[0], seed)] for task in tasks for seed in seeds]
-    return {"runs": len(runs), "seeds": len(seeds), "diverged": sum(record.diverged for record in runs)}
+    runs = plan.own_runs()
+    diverged = sum(records[run].diverged for run in runs)
+    return {"runs": len(runs), "seeds": len({run.seed for run in runs}), "diverged": diverged}
 
 
 def _over(ours: float, theirs: float) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 from replica_newton.benchmark.steppers import AtItsAverage, Averaging, DiagonalHessian, FreshLBFGS, Stepper
 from replica_newton.benchmark.tasks import Task
 from replica_newton.optim import ReplicaNewton
-from replica_newton.optim.metric import Metric, MetricName
+from replica_newton.optim.metric import Metric
+from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Simulated
@@ -155,14 +157,12 @@ class UnfittedMetric(Metric):
 
 
 def _metric(
-    name: MetricName = "kronecker",
+    metric: Callable[[], Metric] = Metric,
     stepper: Callable[[nn.Module, Criterion, ReplicaNewton], Stepper] = AtItsAverage,
-    metric: Callable[[], Metric] | None = None,
 ) -> Make:
     def make(module: nn.Module, criterion: Criterion, rate: float) -> Stepper:
-        optimizer = ReplicaNewton(module.parameters(), rate, rule="metric", metric=name)
-        if metric is not None and optimizer.metric_step is not None:
-            optimizer.metric_step.metric = metric()
+        optimizer = ReplicaNewton(module.parameters(), rate, rule="metric")
+        optimizer.metric_step = MetricStep(metric())
         return stepper(module, criterion, optimizer)
 
     return make
@@ -269,9 +269,9 @@ METHODS: dict[str, Method] = {
         "evaluated at its last point", _metric(stepper=lambda *parts: Stepper(*parts, scheduled=False))
     ),
     "cosine": _ablation("its rate times the peers' schedule, last point", _metric(stepper=Stepper)),
-    "unfitted": _ablation("second moments as they are when bases turn (SOAP's)", _metric(metric=UnfittedMetric)),
-    "diagonal": _ablation("diagonal metric", _metric("diagonal")),
-    "identity": _ablation("no metric (identity)", _metric("identity")),
+    "unfitted": _ablation("second moments as they are when bases turn (SOAP's)", _metric(UnfittedMetric)),
+    "diagonal": _ablation("diagonal metric", _metric(partial(Metric, "diagonal"))),
+    "identity": _ablation("no metric (identity)", _metric(partial(Metric, "identity"))),
     "M=1": _ablation("no curvature, M = 1: SGD, rate 0.1", _torch(torch.optim.SGD), CURVATURE_RATE),
     "M=2": _ablation("saddle-free rule, M = 2, rate 0.1", _replicas(2), CURVATURE_RATE),
     "M=4": _ablation("saddle-free rule, M = 4, rate 0.1", _replicas(4), CURVATURE_RATE),

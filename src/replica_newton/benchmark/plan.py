@@ -105,12 +105,13 @@ class Plan:
                 for rate in compared
             ]
         yield from rest
-        yield from (self.run(task, OURS, METHODS[OURS].rates[0], seed) for task, seed in self.further_seeds())
+        yield from (run for run in self.own_runs() if run.seed >= self.extent.seeds)
 
-    def further_seeds(self) -> list[tuple[str, int]]:
-        """Tasks and seeds that only our default is run with."""
+    def own_runs(self) -> list[Run]:
+        """Runs of our default with all of its seeds."""
         tasks = [task for task, method in self.pairs() if method == OURS]
-        return [(task, seed) for seed in range(self.extent.seeds, self.extent.own_seeds) for task in tasks]
+        seeds = range(max(self.extent.seeds, self.extent.own_seeds))
+        return [self.run(task, OURS, METHODS[OURS].rates[0], seed) for seed in seeds for task in tasks]
 
     def run(self, task: str, method: str, rate: float, seed: int, *, tentative: bool = False) -> Run:
         """One run.

@@ -125,14 +125,15 @@ class Metric:
             unbiased = (1.0 - self.decay ** (step - 1)) ** 0.5 / (1.0 - self.momentum ** (step - 1))
             unit = _rotated(state, _per_root(mean, V.mean() if self.name == "identity" else V, unbiased), back=True)
         if self._rotates(shape):
-            self._turn(state, G, step)
+            self._turn(state, G)
         return unit.reshape(shape)
 
     def _rotates(self, shape: Sequence[int]) -> bool:
         return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0
 
-    def _turn(self, state: dict[str, Any], G: Tensor, step: int) -> None:
+    def _turn(self, state: dict[str, Any], G: Tensor) -> None:
         """Take a gradient into the factors; turn the bases if it is time, and scale V to what it is in them."""
+        step = state["step"]
         for side, matrix in (("left", G), ("right", G.T)):
             if not 1 < len(matrix) <= self.max_dimension:
                 continue
