@@ -18,6 +18,7 @@ from replica_newton.training.run import RunError
 
 TINY = Extent(
     epochs=2,
+    panel_epochs=2,
     calibration_epochs=1,
     search_rates=(0.01,),
     rounds=(Round(None, 1, (8,)), Round(2, 1, (2, 8))),
