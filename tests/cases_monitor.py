@@ -19,7 +19,14 @@ def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def watched_run(
-    rank: int | None, count: int, *, order: int = 4, adam: bool = False, step: float | None = None, plain: bool = False
+    rank: int | None,
+    count: int,
+    *,
+    order: int = 4,
+    adam: bool = False,
+    step: float | None = None,
+    plain: bool = False,
+    reuse: bool = False,
 ) -> dict[str, Any]:
     """Ten training steps watched by every second call: process `rank` of `count`, or all replicas at once (None)."""
     torch.manual_seed(0)
@@ -28,30 +35,70 @@ def watched_run(
     optimizer = build(module.parameters(), 0.05)
     topology = Simulated(count) if rank is None else TreeReduction(timeout=60.0)
     monitor = CurvatureMonitor(
-        module, optimizer=optimizer, rank=order, every=2, topology=topology, relative_step=step, seed=3
+        module,
+        optimizer=optimizer,
+        rank=order,
+        every=2,
+        topology=topology,
+        relative_step=step,
+        reuse_gradient=reuse,
+        seed=3,
     )
-    seen = []
-    for i in range(10 * order // count):
+    seen, evaluations = [], []
+    for i in range(10 * max(order, count) // count):
         x = torch.randn(SAMPLES, 5, generator=generator(i))
         y = torch.randint(3, (SAMPLES,), generator=generator(100 + i))
         share = slice(None) if rank is None else slice(rank * SAMPLES // count, (rank + 1) * SAMPLES // count)
         closure = topology.closure(module, cross_entropy, x[share], y[share])
         optimizer.zero_grad()
-        cross_entropy(module(x), y).backward()  # the same in all processes, as after an all-reduce
-        observation = monitor.observe(partial(loss, module, x[share], y[share]) if plain else closure)
+        if reuse:
+            loss(module, x[share], y[share]).backward()
+        evaluated = 0
+
+        def counted(x: Tensor = x[share], y: Tensor = y[share]) -> Tensor:
+            nonlocal evaluated
+            evaluated += 1
+            return loss(module, x, y)
+
+        observation = monitor.observe(counted if plain else closure)
         if observation is not None:
             seen.append(observation)
+            evaluations.append(evaluated)
+        optimizer.zero_grad()
+        cross_entropy(module(x), y).backward()  # the same in all processes, as after an all-reduce
         optimizer.step()
     size = sum(p.numel() for p in module.parameters())
     z = torch.randn(size, generator=generator(7))
     return {
         "seen": [vars(one) for one in seen],
+        "evaluations": evaluations,
         "eigenvectors": monitor.eigenvectors,
         "hvp": monitor.hvp(z),
         "inverse_hvp": monitor.inverse_hvp(z, 1.0, absolute=True),
         "state": {k: v.numel() for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
         "size": size,
     }
+
+
+def mean_gradient(rank: int, count: int) -> list[str]:
+    """One process has a `.grad` that is not that of its own loss: all say so."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    x = torch.randn(4, 3, generator=generator(rank))
+    y = torch.zeros(4, dtype=torch.long)
+    monitor = CurvatureMonitor(
+        module, rank=2, every=1, topology=TreeReduction(timeout=60.0), relative_step=1e-3, reuse_gradient=True
+    )
+    said = []
+    for factor in (0.5 if rank == count - 1 else 1.0, 1.0):
+        module.zero_grad()
+        (factor * loss(module, x, y)).backward()
+        try:
+            monitor.observe(partial(loss, module, x, y))
+            said.append("seen")
+        except ValueError as error:
+            said.append(str(error).partition(":")[0])
+    return said
 
 
 def not_finite(rank: int, count: int) -> list[str]:

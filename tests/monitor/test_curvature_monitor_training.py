@@ -84,7 +84,7 @@ def test_eigenvalues_are_those_of_the_dense_hessian(name: str, M: int | None):
     """
     problem = repeated(NETWORKS[name](), M or 1)
     relative_step = 1e-4 if name in {"batch-norm", "max-pooling"} else 1e-3
-    monitor = CurvatureMonitor(problem.module, every=1, relative_step=relative_step)
+    monitor = CurvatureMonitor(problem.module, every=1, relative_step=relative_step, smoothing=0.5)
     seen = watched(monitor, loss_of(problem) if M is None else closure_of(problem, M), 480 // (M or 1))
     exact = dense_spectrum(loss_of(problem)(), problem.module)
     assert monitor.subspace.eigenvectors.shape == (8, len(exact))
@@ -98,7 +98,7 @@ def test_weight_decay_in_the_loss_adds_its_coefficient_to_the_eigenvalues():
     def regularised() -> Tensor:
         return loss_of(problem)() + decay / 2 * sum(p.square().sum() for p in problem.module.parameters())
 
-    seen = watched(CurvatureMonitor(problem.module, every=1), regularised, 320)
+    seen = watched(CurvatureMonitor(problem.module, every=1, smoothing=0.5), regularised, 320)
     exact = dense_spectrum(loss_of(problem)(), problem.module)
     torch.testing.assert_close(seen.eigenvalues[:3], exact[:3] + decay, rtol=2e-3, atol=0.0)
 

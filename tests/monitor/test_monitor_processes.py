@@ -28,16 +28,24 @@ def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("count", "options"),
-    [(2, {}), (3, {"order": 3, "adam": True}), (2, {"step": 1e-3, "plain": True})],
-    ids=["in-turns", "adam", "differences"],
+    [
+        (2, {}),
+        (3, {"order": 3, "adam": True}),
+        (3, {"order": 2}),
+        (2, {"step": 1e-3, "plain": True}),
+        (2, {"step": 1e-3, "plain": True, "reuse": True}),
+    ],
+    ids=["in-turns", "adam", "more-than-the-rank", "differences", "reused"],
 )
 def test_processes_see_what_simulated_replicas_see(count: int, options: dict, tmp_path: Path):
     results = run_processes(tmp_path, count, cases_monitor.watched_run, **options)
-    alone = cases_monitor.watched_run(None, count, **(options | {"plain": False}))
+    alone = cases_monitor.watched_run(None, count, **(options | {"plain": False, "reuse": False}))
     for result in results:
         check_same(result, alone)
         assert torch.equal(result["eigenvectors"], results[0]["eigenvectors"])
         scales = [one["gradient_noise_scale"] for one in result["seen"]]
+        if options.get("reuse"):  # the first is compared
+            assert result["evaluations"] == [2] + [1] * (len(result["seen"]) - 1)
         if options.get("plain"):  # nobody knows how many samples a loss is of
             assert set(scales) == {None}
         else:
@@ -48,8 +56,13 @@ def test_a_process_keeps_its_columns_and_no_more(tmp_path: Path):
     order, count = 4, 2
     result, _ = run_processes(tmp_path, count, cases_monitor.watched_run, order=order)
     columns = -(-result["size"] // count)
-    for name in ("directions", "vectors", "responses"):
-        assert result["state"][name] == order * columns
+    kept = {name: elements for name, elements in result["state"].items() if elements >= columns}
+    assert kept == {"vectors": order * columns, "responses": order * columns}
+
+
+def test_a_gradient_that_is_not_that_of_its_own_loss_in_one_process_is_an_error_in_all(tmp_path: Path):
+    for said in run_processes(tmp_path, 2, cases_monitor.mean_gradient):
+        assert said == ["reuse_gradient=True needs a .grad that is the gradient of this loss, got another", "seen"]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_an_error_in_all(tmp_path: Path):

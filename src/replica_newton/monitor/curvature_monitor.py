@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from replica_newton.curvature.gram import inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.monitor.observation import CurvatureObservation
-from replica_newton.monitor.probes import Loss, differences, exact_products
+from replica_newton.monitor.probes import Loss, differences, exact_products, gradient_of
 from replica_newton.monitor.stability import added_weight_decay, has_metric, is_known, metric_of, stable_sharpness
 from replica_newton.spread import TrackedSubspace
 from replica_newton.topology import LocalClosure, ReplicaClosure, Simulated, TreeReduction
 
 logger = logging.getLogger(__name__)
 
+_SAME = 1e-3
+"""Relative difference of two gradients of the same loss at the same point, at most: rounding is far below."""
 _STABLE_AGAIN = 0.9
 """Stability ratio below which the next crossing of 1 is worth a warning: at the edge it hovers around 1."""
 
@@ -55,8 +57,9 @@ class CurvatureMonitor:
             reuse gradients. 1e-3 weighs the rounding of fp32 gradients against the change of the Hessian along the way.
             Where a kink (ReLU, max-pooling) is crossed, the jump of the gradient over h counts as curvature.
         reuse_gradient: with `relative_step`, take the gradient at w from `.grad` instead of evaluating it: one gradient
-            a probe. Right only if `.grad` is that of the very same loss, not clipped, scaled or accumulated, and the
-            network draws no random numbers. Replicas need a gradient each, and always evaluate it.
+            a probe. `.grad` must be that of the very same loss, not clipped, scaled or accumulated, and the network
+            draw no random numbers; of several processes each needs that of its own batch, before an all-reduce. The
+            first probe evaluates it anyway, and compares. Simulated replicas have one `.grad`, and always evaluate.
         seed: of the first directions.
 
     Attributes:
@@ -70,8 +73,7 @@ class CurvatureMonitor:
     Raises:
         TypeError: if a parameter is neither fp32 nor fp64: curvature from gradients in half precision is rounding; or
             the topology is of another kind.
-        ValueError: if an option is out of range, the model has nothing to train, the optimizer lacks a parameter, or
-            there are more replicas than `rank`.
+        ValueError: if an option is out of range, the model has nothing to train, or the optimizer lacks a parameter.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class CurvatureMonitor:
         optimizer: Optimizer | None = None,
         rank: int = 8,
         every: int = 10,
-        smoothing: float = 0.3,
+        smoothing: float = 0.2,
         topology: Simulated | TreeReduction | None = None,
         relative_step: float | None = None,
         reuse_gradient: bool = False,
@@ -101,8 +103,6 @@ class CurvatureMonitor:
             raise ValueError("reuse_gradient=True needs a relative_step: exact products evaluate the gradient anyway")
         if topology is not None and not isinstance(topology, Simulated | TreeReduction):
             raise TypeError(f"topology must be Simulated or TreeReduction, got {type(topology).__name__}")
-        if topology is not None and topology.replicas > rank:
-            raise ValueError(f"{rank=} must be >= the {topology.replicas} replicas of the topology")
         if optimizer is not None:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if any(id(parameter) not in held for parameter in self._parameters):
@@ -131,6 +131,7 @@ class CurvatureMonitor:
         self.every = every
         self.relative_step = relative_step
         self.reuse_gradient = reuse_gradient
+        self._reuse_is_right = False
         self.steps = 0
         self.last: CurvatureObservation | None = None
         self.samples_evaluated = 0
@@ -152,7 +153,8 @@ class CurvatureMonitor:
             FloatingPointError: if a gradient is not finite; the tracked space is then as before.
             RuntimeError: if the model cannot be differentiated twice; see `relative_step`.
             TypeError: if the closure is not of the monitor's topology.
-            ValueError: if there are more replicas than `rank`, or no `.grad` to reuse.
+            ValueError: if the closure has another number of replicas than the topology, or `.grad` is not there or not
+                the gradient of the loss, where it is to be reused.
         """
         step, self.steps = self.steps, self.steps + 1
         if step % self.every:
@@ -248,8 +250,7 @@ class CurvatureMonitor:
         """Gradients and Hessian products, `(k, N)`."""
         if self.relative_step is None:
             return exact_products(self._model, self._parameters, losses, directions)
-        alone = len(losses) == 1 and self._processes is None
-        given = self._given_gradient()[None] if self.reuse_gradient and alone else None
+        given = self._given_gradient(losses[0])[None] if self.reuse_gradient and len(losses) == 1 else None
         return differences(
             self._model, self._parameters, losses, directions, relative_step=self.relative_step, gradients=given
         )
@@ -327,12 +328,27 @@ class CurvatureMonitor:
         elif ratio < _STABLE_AGAIN:
             self._unstable = False
 
-    def _given_gradient(self) -> Tensor:
-        if all(parameter.grad is None for parameter in self._parameters):
-            raise ValueError("reuse_gradient=True needs the .grad that backward leaves, got none")
-        return torch.cat(
+    def _given_gradient(self, loss: Loss) -> Tensor:
+        """What is in `.grad`, `(N,)`; the first time it is compared with the gradient of the loss."""
+        given = torch.cat(
             [torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in self._parameters]
         )
+        if self._reuse_is_right:
+            return given
+        missing = all(parameter.grad is None for parameter in self._parameters)
+        own = given if missing else gradient_of(self._model, self._parameters, loss)
+        off = float(torch.linalg.vector_norm(given - own)) > _SAME * float(torch.linalg.vector_norm(own))
+        # All processes go on, or none does.
+        any_missing, any_off = self._total(torch.tensor([missing, off], dtype=torch.float64)).tolist()
+        if any_missing:
+            raise ValueError("reuse_gradient=True needs the .grad that backward leaves, got none")
+        if any_off:
+            raise ValueError(
+                "reuse_gradient=True needs a .grad that is the gradient of this loss, got another: averaged over "
+                "processes, clipped, scaled, accumulated, from an autocast, or of other random numbers"
+            )
+        self._reuse_is_right = True
+        return given
 
 
 def _largest(values: Tensor) -> float:

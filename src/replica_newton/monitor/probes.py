@@ -74,6 +74,11 @@ def differences(
     return gradients, (displaced - gradients) * scales
 
 
+def gradient_of(model: nn.Module, parameters: Sequence[Tensor], loss: Loss) -> Tensor:
+    """Gradient of a loss where the model stands, `(N,)`; leaves no trace in the model."""
+    return _gradients_at(model, parameters, [loss], torch.zeros_like(_flat(parameters))[None])[0]
+
+
 def _gradients_at(
     model: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Loss], displacements: Tensor
 ) -> Tensor:

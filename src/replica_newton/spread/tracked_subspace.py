@@ -28,7 +28,7 @@ class Columns(Protocol):
 
 
 class TrackedSubspace:
-    """Orthonormal directions that follow the top eigenspace of a changing, noisily observed symmetric matrix H.
+    """Directions that follow the top eigenspace of a changing, noisily observed symmetric matrix H.
 
     A probe takes some directions q (one a replica), measures the responses `H q`, and hands them back. The space keeps
     Ritz vectors X and their responses Z ≈ H X, `(order, N)` each, hence the symmetric model of rank 2·order
@@ -46,16 +46,18 @@ class TrackedSubspace:
     of the span of Z takes their place: block power iteration, one sweep for `order` probed directions. The model
     carries past probes over as the basis turns, so the noise of mini-batches is averaged. The basis is mixed, each
     direction with a part of every Ritz vector: so all probes, and all replicas' samples, count towards every pair.
+    More than `order` directions at once are a frame of the space, and Q S what fits all responses best.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
-    of a response and of what it is compared with; as the directions are orthonormal, the variance of the eigenvalue is
-    the fraction of it that the smoothing leaves. Where it does not only scatter, it is larger: a cautious estimate.
+    of a response and of what it is compared with; the variance of the eigenvalue is the fraction of it that the
+    smoothing leaves. Where it does not only scatter, it is larger: a cautious estimate.
 
-    Ritz values of a noisy matrix are too large, as its vectors turn to where the noise adds. The innovation shows by
-    how much: the probe's noise is new to x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
-    curvature along x from the Ritz value θ. That, in turn, is too small, for x is no eigenvector: `θ + c ≤ λ ≤ θ`
-    on average. The eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are. For exact
+    Ritz values of a noisy matrix are too large, as its vectors turn to where the noise E adds: to second order by
+    `b = Σ_j (y_jᵀ E y)²/(λ − λ_j)` for an eigenvector y among others y_j. The innovation shows by how much: the probe's
+    noise is new to the Ritz vector x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
+    curvature along x from the Ritz value θ. That curvature is too small, for x is no eigenvector, and to second order
+    by the same b. So the eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are. For exact
     responses of one H, c is zero.
 
     Args:
@@ -95,34 +97,35 @@ class TrackedSubspace:
         self.order = order
         self.smoothing = smoothing
         self.sweeps = 0
-        self._next = 0
+        self._next, self._over = 0, False
         generator = torch.Generator().manual_seed(seed)
         self._columns = columns
         rows = (torch.randn(size, generator=generator) for _ in range(order))
         parts = [row if columns is None else columns.part(row) for row in rows]
-        self._directions = self._orthonormal(torch.stack(parts).to(device))
-        self._vectors = torch.zeros_like(self._directions)
-        self._responses = torch.zeros_like(self._directions)
+        self._vectors = self._orthonormal(torch.stack(parts).to(device))
+        self._responses = torch.zeros_like(self._vectors)
+        self._mixture = _frame(order, order)
         self._values = torch.zeros(order, dtype=torch.float64)
         self._corrections = torch.zeros(order, dtype=torch.float64)
         self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
         self._averaged = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 
     def directions(self, count: int) -> Tensor:
-        """Directions to probe next, in turn.
+        """Directions to probe next, in turn; where all have been probed, the basis turns first.
 
         Args:
-            count: how many, in 1 … order.
+            count: how many, >= 1.
 
         Returns:
-            `(count, N)`, orthonormal rows.
+            `(count, N)`, rows of unit length.
 
         Raises:
             ValueError: if `count` is out of range.
         """
-        if not 1 <= count <= self.order:
-            raise ValueError(f"{count=} must be in [1, {self.order}], the order of the space")
-        return self._directions[self._turn(count)]
+        if count < 1:
+            raise ValueError(f"{count=} must be >= 1")
+        basis, mixture, turn = self._next_probe(count)
+        return mixture[turn].to(basis) @ basis
 
     def observe(self, responses: Tensor) -> None:
         """Take in the responses to the directions that `directions` gave last.
@@ -133,36 +136,31 @@ class TrackedSubspace:
         Raises:
             ValueError: if the shape does not fit or a response is not finite; the space then stays as it was.
         """
-        size = self._directions.shape[1]
-        if responses.dim() != 2 or not 1 <= len(responses) <= self.order or responses.shape[1] != size:
-            raise ValueError(
-                f"responses must be (count, {size}), 1 <= count <= {self.order}, got {tuple(responses.shape)}"
-            )
-        responses = responses.to(self._directions.dtype)
+        size = self._vectors.shape[1]
+        if responses.dim() != 2 or len(responses) < 1 or responses.shape[1] != size:
+            raise ValueError(f"responses must be (count, {size}), count >= 1, got {tuple(responses.shape)}")
+        responses = responses.to(self._vectors.dtype)
         count = len(responses)
         if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
             raise ValueError("responses must be finite")
-        turn = self._turn(count)
-        first_sweep = self.sweeps == 0
-        modelled = self._responses.clone() if first_sweep else self._model(self._directions)
-        innovations = responses - modelled[turn]
-        before = self._vectors
+        first_sweep, eye = self.sweeps == 0, torch.eye(self.order, dtype=torch.float64)
+        basis, mixture, turn = self._next_probe(count)
+        modelled = self._model(basis) if self._over else self._responses
+        innovations = responses - mixture[turn].to(modelled) @ modelled
+        shares = torch.linalg.pinv(mixture)
+        before = self._products(self._vectors, basis) if self._over else eye
         if not first_sweep:
-            self._learn(self._directions[turn], innovations)
-        modelled[turn] += innovations if first_sweep else self.smoothing * innovations
-        self._next += count
-        if first_sweep and self._next < self.order:
-            self._responses = modelled
+            self._learn(before, shares, turn, innovations)
+        gain = 1.0 if first_sweep else self.smoothing
+        self._vectors, self._mixture = basis, mixture
+        self._responses = modelled + gain * (shares[:, turn].to(innovations) @ innovations)
+        self._next = turn[0] + count
+        self._over = self._next >= len(mixture)
+        if first_sweep and not self._over:
             return
-        self._rayleigh_ritz(modelled)
-        if not first_sweep:
-            self._carry_over(before)
-        if self._next < self.order:
-            return
-        self._next = 0
-        self.sweeps += 1
-        # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
-        self._turn_basis()
+        rotation = self._rayleigh_ritz()
+        self._carry_over(rotation @ before.T)
+        self.sweeps += self._over
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -244,7 +242,7 @@ class TrackedSubspace:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
-        names = ["order", "smoothing", "sweeps", "_next", "_directions", "_vectors", "_responses", "_values"]
+        names = ["order", "smoothing", "sweeps", "_next", "_over", "_mixture", "_vectors", "_responses", "_values"]
         names += ["_variances", "_corrections", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
@@ -257,17 +255,24 @@ class TrackedSubspace:
         Raises:
             ValueError: if order or size differ.
         """
-        shape = tuple(state["directions"].shape)
-        if shape != tuple(self._directions.shape):
-            raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._directions.shape)}")
-        self.smoothing, self.sweeps, self._next = state["smoothing"], state["sweeps"], state["next"]
-        for name in ("directions", "vectors", "responses"):
-            setattr(self, f"_{name}", state[name].to(self._directions, copy=True))
-        for name in ("values", "variances", "corrections", "averaged"):
+        shape = tuple(state["vectors"].shape)
+        if shape != tuple(self._vectors.shape):
+            raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._vectors.shape)}")
+        self.smoothing, self.sweeps = state["smoothing"], state["sweeps"]
+        self._next, self._over = state["next"], state["over"]
+        for name in ("vectors", "responses"):
+            setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
+        for name in ("mixture", "values", "variances", "corrections", "averaged"):
             setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
 
-    def _turn(self, count: int) -> list[int]:
-        return [(self._next + i) % self.order for i in range(count)]
+    def _next_probe(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """The basis to be probed, the mixture of it that are its directions, and which of them are next."""
+        # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
+        basis = self._turned_basis() if self._over else self._vectors
+        mixture, first = self._mixture, self._next
+        if self._over or count > len(mixture):
+            mixture, first = _frame(max(count, self.order), self.order), 0
+        return basis, mixture, [(first + i) % len(mixture) for i in range(count)]
 
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._columns is None else self._columns.total(sums)
@@ -284,50 +289,58 @@ class TrackedSubspace:
         across = (products[:, order:] - products[:, :order] @ within).to(q)
         return along @ self._responses + across @ self._vectors
 
-    def _rayleigh_ritz(self, responses: Tensor) -> None:
-        """New pairs from the directions and their responses."""
-        projected = self._products(self._directions, responses)
+    def _rayleigh_ritz(self) -> Tensor:
+        """Rotate the basis, and with it what is known in it, to the eigenvectors of `sym(X Zᵀ)`; the rotation."""
+        projected = self._products(self._vectors, self._responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
-        rotation = rotation[:, order].T.to(self._directions)
+        rotation = rotation[:, order].T
         # A sign is no property of an eigenvector, but one of the mixture with others.
         rotation = torch.where(rotation[:, :1] < 0.0, -rotation, rotation)
         self._values = values[order]
-        self._vectors = rotation @ self._directions
-        self._responses = rotation @ responses
+        self._vectors = rotation.to(self._vectors) @ self._vectors
+        self._responses = rotation.to(self._responses) @ self._responses
+        self._mixture = self._mixture @ rotation.T
+        return rotation
 
-    def _learn(self, directions: Tensor, innovations: Tensor) -> None:
-        """What a probe says about the pairs before it: corrections and variances."""
-        coordinates = self._products(self._vectors, directions)
-        along = self._products(self._vectors, innovations)
-        weights = coordinates.square()
-        seen = weights.sum(dim=1)
-        excess = (coordinates * along).sum(dim=1) - seen.clamp_max(1.0) * self._corrections
+    def _learn(self, before: Tensor, shares: Tensor, turn: list[int], innovations: Tensor) -> None:
+        """What a probe says about the pairs before it: corrections and variances.
+
+        Args:
+            before: `(order, order)`, the vectors so far in the basis that is probed.
+            shares: `(order, K)`, of what every direction says in what is known along the basis.
+            turn: which directions were probed.
+            innovations: `(count, N)`, of these.
+        """
+        shares = before @ shares
+        along, squares = shares[:, turn] * self._products(self._vectors, innovations), shares.square()
+        seen = squares[:, turn].sum(dim=1) / squares.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        seen *= before.square().sum(dim=1)
+        excess = along.sum(dim=1) - seen.clamp_max(1.0) * self._corrections
         self._corrections = self._corrections + self.smoothing * excess
         # The first sweep's model knows what its own responses say along its vectors, whatever H is.
         if self.sweeps > 1:
-            variances = (weights * along.square()).sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
+            variances = along.square().sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
             known = torch.isfinite(self._variances)
             self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
         # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
         s = self.smoothing
         passed_on = torch.tensor([[1.0 - s, 0.0], [-s, 1.0 - s]], dtype=torch.float64)
         renewed = passed_on @ self._averaged @ passed_on.T + s**2
-        self._averaged = torch.lerp(self._averaged, renewed, len(innovations) / self.order)
+        self._averaged = torch.lerp(self._averaged, renewed, len(turn) / shares.shape[1])
 
-    def _carry_over(self, before: Tensor) -> None:
+    def _carry_over(self, cosines: Tensor) -> None:
         """Corrections and variances of the new pairs, from those of the old ones that they are made of."""
-        shares = self._products(self._vectors, before).square()
+        shares = cosines.square()
         shares /= shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         self._corrections = shares @ self._corrections
         self._variances = shares @ self._variances
 
-    def _turn_basis(self) -> None:
-        """Directions of the next sweep: the basis of the responses."""
+    def _turned_basis(self) -> Tensor:
+        """An orthonormal basis of the responses, for the next sweep."""
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
         longest = float(self.lengths(self._responses).max())
-        basis = self._orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
-        self._directions = _cosines(self.order).to(basis) @ basis
+        return self._orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
 
     def _orthonormal(self, rows: Tensor) -> Tensor:
         """Orthonormal basis of independent rows, that of Gram and Schmidt, by Cholesky factors of their Gram matrix."""
@@ -344,9 +357,11 @@ class TrackedSubspace:
         return rows
 
 
-def _cosines(order: int) -> Tensor:
-    """Orthogonal matrix with entries of nearly equal size: the discrete cosine transform, second type."""
-    index = torch.arange(order, dtype=torch.float64)
-    rows = torch.cos(torch.pi / order * index[:, None] * (index + 0.5))
-    cosines: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return cosines
+def _frame(count: int, order: int) -> Tensor:
+    """`(count, order)`, rows of unit length with entries of nearly equal size, `count >= order`: cosine waves."""
+    place = torch.arange(count, dtype=torch.float64)[:, None] + 0.5
+    waves = torch.cos(torch.pi / count * place * torch.arange(order))
+    # An orthogonal matrix where it is square: the first wave is constant, and has twice the square of another.
+    waves[:, 0] /= 2**0.5
+    rows: Tensor = waves / torch.linalg.vector_norm(waves, dim=1, keepdim=True)
+    return rows
