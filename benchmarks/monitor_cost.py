@@ -3,7 +3,9 @@
 The reference convnet is trained on MNIST by SGD with momentum, batch 256.
 
 Share of a step: blocks of ten steps with a monitor and without take turns in one run, so that the load of the machine
-falls on all; the ratio is that of the median times of a block.
+falls on all; the ratio is the median of those within a round. In one process; with eight simulated replicas, which take
+their shards of the batch one after the other; and in real processes, each with a batch of 256, whose step is a
+gradient, an all-reduce and SGD.
 
 Against Lanczos: at some steps the sharpness is compared with the truth, Lanczos to convergence over 2,000 training
 samples. Then the cheapest fresh Lanczos is looked for whose median error is no larger than the monitor's: over more or
@@ -12,7 +14,7 @@ observation of the monitor costs what its block of steps takes longer.
 
 Writes `monitor_cost.json`, `.png` and `.svg`.
 
-    python benchmarks/monitor_cost.py --data mnist.npz                        # ten minutes
+    python benchmarks/monitor_cost.py --data mnist.npz                        # fifteen minutes
     python benchmarks/monitor_cost.py --data mnist.npz --steps 130 --blocks 2 # a look
 """
 
@@ -21,19 +23,23 @@ import copy
 import json
 import platform
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hessian_eigenthings
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
-from replica_newton import CurvatureMonitor, CurvatureObservation, Simulated
+from replica_newton import CurvatureMonitor, CurvatureObservation, Simulated, TreeReduction
 from replica_newton.files import replace_file
 from replica_newton.report.style import save_figure, style
 from replica_newton.training.datasets import Dataset, load_dataset
@@ -42,7 +48,15 @@ from replica_newton.training.models import reference_convnet
 BATCH, RANK, EVERY = 256, 8, 10
 REFERENCE_SAMPLES, REFERENCE_STEPS = 2000, 40
 LANCZOS_SAMPLES, LANCZOS_STEPS = (256, 512, 1024, 2000), 20
-COLOURS = {"1 process, .grad reused": "#009E73", "1 process": "#0072B2", "8 replicas": "#D55E00"}
+REUSED, EXACT = ", .grad reused", ", exact"
+COLOURS = {
+    "1 process" + REUSED: "#009E73",
+    "1 process" + EXACT: "#0072B2",
+    "8 replicas, differences": "#CC79A7",
+    "8 replicas" + EXACT: "#D55E00",
+}
+PROCESSES = (2, 8)
+RELATIVE_STEP = 3e-3
 LIMIT = 1.15
 FIRST_STEP, COMPARED_EVERY = 120, 6 * EVERY
 """Before its second sweep of directions, in turn, a monitor in one process knows nothing to compare."""
@@ -61,9 +75,7 @@ class Run:
         self.dataset, self.mode = dataset, mode
         self.model = reference_convnet(dataset.input_shape)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9)
-        reuse = mode == "1 process, .grad reused"
-        step = 1e-3 if reuse else None
-        self.monitor = CurvatureMonitor(self.model, rank=RANK, every=EVERY, relative_step=step, reuse_gradient=reuse)
+        self.monitor = monitor_of(self.model, mode or EXACT)
         self.replicas = Simulated(RANK)
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
@@ -75,13 +87,25 @@ class Run:
         self.optimizer.zero_grad()
         loss(self.model, x, y).backward()  # type: ignore[no-untyped-call]
         seen = None
-        if self.mode == "8 replicas":
+        if self.mode is not None and self.mode.startswith("8 replicas"):
             seen = self.monitor.observe(self.replicas.closure(self.model, nn.functional.cross_entropy, x, y))
         elif self.mode is not None:
             seen = self.monitor.observe(partial(loss, self.model, x, y))
         self.optimizer.step()
         self.steps += 1
         return seen
+
+
+def monitor_of(model: nn.Module, mode: str, topology: TreeReduction | None = None) -> CurvatureMonitor:
+    """The monitor of a mode, told by the end of its name."""
+    return CurvatureMonitor(
+        model,
+        rank=RANK,
+        every=EVERY,
+        topology=topology,
+        relative_step=None if mode.endswith(EXACT) else RELATIVE_STEP,
+        reuse_gradient=mode.endswith(REUSED),
+    )
 
 
 def main() -> None:
@@ -97,6 +121,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset = load_dataset("mnist", options.data)
     blocks = time_blocks(dataset, options.blocks)
+    for processes in PROCESSES:
+        blocks |= time_processes(processes, options.blocks)
     against = compare(dataset, options.steps, blocks)
     result = {
         "batch": BATCH,
@@ -111,10 +137,10 @@ def main() -> None:
     replace_file(options.out / "monitor_cost.json", (json.dumps(result, indent=1) + "\n").encode())
     save_figure(draw(result), options.out, "monitor_cost")
     console = Console()
-    for mode, one in against["modes"].items():
-        console.print(
-            f"{mode}: a step takes {blocks[mode]['ratio']:.3f} times as long; {describe(one)}", highlight=False
-        )
+    for mode, block in blocks.items():
+        if "ratio" in block:
+            said = f"; {describe(against['modes'][mode])}" if mode in against["modes"] else ""
+            console.print(f"{mode}: a step takes {block['ratio']:.3f} times as long{said}", highlight=False)
 
 
 def describe(one: dict[str, Any]) -> str:
@@ -145,8 +171,70 @@ def time_blocks(dataset: Dataset, repetitions: int) -> dict[str, Any]:
                 run.step()
             if repetition:  # the first calls allocate and compile
                 taken[mode].append((time.perf_counter() - start) * 1e3)
-    medians = {mode: statistics.median(times) for mode, times in taken.items()}
-    return {mode: {"ms": ms, "ratio": ms / medians["none"]} for mode, ms in medians.items()}
+    return summarised(taken)
+
+
+def summarised(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Median milliseconds of every mode, and the median over rounds of its ratio to the first."""
+    none, *modes = taken
+    found: dict[str, Any] = {none: {"ms": statistics.median(taken[none])}}
+    for mode in modes:
+        ratios = [own / other for own, other in zip(taken[mode], taken[none], strict=True)]
+        found[mode] = {"ms": statistics.median(taken[mode]), "ratio": statistics.median(ratios)}
+    return found
+
+
+def time_processes(processes: int, repetitions: int) -> dict[str, Any]:
+    """The same in real processes, by exact products and by a difference from the gradient that is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_process, (folder, processes, repetitions), nprocs=processes)  # type: ignore[no-untyped-call]
+        taken: dict[str, list[float]] = json.loads((Path(folder) / "result.json").read_text())
+    return summarised({f"{processes} processes{mode}": times for mode, times in taken.items()})
+
+
+def _process(rank: int, folder: str, processes: int, repetitions: int) -> None:
+    """One process, with all modes in turn."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    steps = {mode: _step_of(mode, rank) for mode in ("", REUSED, EXACT)}
+    taken: dict[str, list[float]] = {mode: [] for mode in steps}
+    for repetition in range(repetitions + 1):
+        for mode, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(EVERY):
+                step()
+            dist.barrier()
+            if repetition:
+                taken[mode].append((time.perf_counter() - start) * 1e3)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(taken))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _step_of(mode: str, rank: int) -> Callable[[], None]:
+    """What one step of a process does; without a mode there is no monitor."""
+    torch.manual_seed(0)
+    model = reference_convnet()
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(BATCH, 1, 28, 28, generator=generator)
+    y = torch.randint(10, (BATCH,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    monitor = monitor_of(model, mode, TreeReduction()) if mode else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model, x, y).backward()  # type: ignore[no-untyped-call]
+        if monitor is not None:
+            monitor.observe(partial(loss, model, x, y))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        mean = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(mean.div_(dist.get_world_size()))
+        nn.utils.vector_to_parameters(mean, gradients)
+        optimizer.step()
+
+    return step
 
 
 def compare(dataset: Dataset, steps: int, blocks: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +244,7 @@ def compare(dataset: Dataset, steps: int, blocks: dict[str, Any]) -> dict[str, A
     errors: dict[tuple[int, int], list[float]] = {}
     times: dict[int, list[float]] = {samples: [] for samples in LANCZOS_SAMPLES}
     for step in track(range(steps), "accuracy", transient=True):
-        model = copy.deepcopy(runs["8 replicas"].model)  # where the monitors are about to look
+        model = copy.deepcopy(runs["8 replicas" + EXACT].model)  # where the monitors are about to look
         seen = {mode: run.step() for mode, run in runs.items()}
         if step < FIRST_STEP or step % COMPARED_EVERY:
             continue
@@ -216,10 +304,15 @@ def draw(result: dict[str, Any]) -> Figure:
     with style():
         figure = Figure(figsize=(10, 4.0), layout="constrained")
         share, against = figure.subplots(1, 2)
-        ratios = [result["blocks"][mode]["ratio"] for mode in COLOURS]
-        share.barh(list(COLOURS), [ratio - 1 for ratio in ratios], left=1.0, color=list(COLOURS.values()))
+        ratios = {mode: block["ratio"] for mode, block in result["blocks"].items() if "ratio" in block}
+        share.barh(
+            list(ratios),
+            [ratio - 1 for ratio in ratios.values()],
+            left=1.0,
+            color=[COLOURS.get(mode, "#707070") for mode in ratios],
+        )
         share.axvline(LIMIT, color="#707070", linestyle="--", linewidth=1.1)
-        share.set_xlim(min(1.0, *ratios) - 0.01, max(LIMIT, *ratios) + 0.02)
+        share.set_xlim(min(1.0, *ratios.values()) - 0.01, max(LIMIT, *ratios.values()) + 0.02)
         share.invert_yaxis()
         share.grid(visible=False, axis="y")
         share.set_xlabel("time of a step over one without monitor")

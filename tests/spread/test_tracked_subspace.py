@@ -83,7 +83,7 @@ def test_residuals_are_those_of_the_matrix_when_all_responses_are_its_own(sweeps
 
 
 def model(space: TrackedSubspace) -> Tensor:
-    return space._model(torch.eye(N)).to(F64)
+    return space._model(torch.eye(N))[0].to(F64)
 
 
 def test_the_model_is_symmetric_and_agrees_with_one_matrix_on_the_space():
@@ -346,7 +346,7 @@ def test_a_response_that_cannot_be_used_leaves_the_space_as_it_was(responses: Te
     space = TrackedSubspace(ORDER, N)
     probe(space, symmetric(SPECTRUM, seed=0), 3, times=probes)
     before = copied(space.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(FloatingPointError if "finite" in message else ValueError, match=message):
         space.observe(responses)
     assert_equal_states(space.state_dict(), before)
 

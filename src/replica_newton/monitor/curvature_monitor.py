@@ -224,9 +224,10 @@ class CurvatureMonitor:
         base, responses = self._columns(gradients), self._columns(products)
         if contraction is not None:
             responses = contraction * (responses + decay * displacements)
-        if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
-            raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see")
-        space.observe(responses)
+        try:
+            space.observe(responses)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"gradient at step {step} is not finite: there is no curvature to see") from error
         self._preconditioned_is_next = space is self.subspace
         return self._summarise(step, base, samples)
 
@@ -284,10 +285,10 @@ class CurvatureMonitor:
         preconditioned_sharpness, stability_ratio = self._stability(sharpness)
         self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0, keepdim=True)
-        squared = float(self._total(inner_products(mean, mean)))
-        within = self._total(inner_products(vectors, mean.to(vectors.dtype)))
-        captured = float(within.square().sum()) / squared if squared > 0.0 else 0.0
-        scattered = float(self._total((gradients - mean).double().square().sum().cpu()))
+        deviations = (gradients - mean).double().square().sum().cpu()
+        products = inner_products(mean, torch.cat((vectors.to(mean.dtype), mean)))
+        *within, squared, scattered = self._total(torch.cat((products[0], deviations[None]))).tolist()
+        captured = sum(coordinate**2 for coordinate in within) / squared if squared > 0.0 else 0.0
         return CurvatureObservation(
             step=step,
             eigenvalues=eigenvalues,

@@ -102,7 +102,8 @@ class TrackedSubspace:
         self._columns = columns
         rows = (torch.randn(size, generator=generator) for _ in range(order))
         parts = [row if columns is None else columns.part(row) for row in rows]
-        self._vectors = self._orthonormal(torch.stack(parts).to(device))
+        self._recipe: tuple[float, list[Tensor]] | None = None
+        self._vectors = self._orthonormal(torch.stack(parts).to(device))[0]
         self._responses = torch.zeros_like(self._vectors)
         self._mixture = _frame(order, order)
         self._values = torch.zeros(order, dtype=torch.float64)
@@ -134,31 +135,33 @@ class TrackedSubspace:
             responses: `(count, N)`, H q for every direction q.
 
         Raises:
-            ValueError: if the shape does not fit or a response is not finite; the space then stays as it was.
+            FloatingPointError: if a response is not finite; the space then stays as it was.
+            ValueError: if the shape does not fit.
         """
         size = self._vectors.shape[1]
         if responses.dim() != 2 or len(responses) < 1 or responses.shape[1] != size:
             raise ValueError(f"responses must be (count, {size}), count >= 1, got {tuple(responses.shape)}")
         responses = responses.to(self._vectors.dtype)
-        count = len(responses)
         if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
-            raise ValueError("responses must be finite")
-        first_sweep, eye = self.sweeps == 0, torch.eye(self.order, dtype=torch.float64)
+            raise FloatingPointError("responses must be finite")
+        count, first_sweep = len(responses), self.sweeps == 0
         basis, mixture, turn = self._next_probe(count)
-        modelled = self._model(basis) if self._over else self._responses
+        modelled, before = self._model(basis) if self._over else (self._responses, torch.eye(self.order).double())
         innovations = responses - mixture[turn].to(modelled) @ modelled
         shares = torch.linalg.pinv(mixture)
-        before = self._products(self._vectors, basis) if self._over else eye
+        # All that must be summed over the columns, at once.
+        products = self._products(torch.cat((basis, self._vectors)), torch.cat((modelled, innovations)))
+        within, along = products[: self.order], products[self.order :]
         if not first_sweep:
-            self._learn(before, shares, turn, innovations)
-        gain = 1.0 if first_sweep else self.smoothing
-        self._vectors, self._mixture = basis, mixture
-        self._responses = modelled + gain * (shares[:, turn].to(innovations) @ innovations)
+            self._learn(before @ shares, turn, along[:, self.order :], before.square().sum(dim=1))
+        gain = shares[:, turn] * (1.0 if first_sweep else self.smoothing)
+        self._vectors, self._mixture, self._recipe = basis, mixture, None
+        self._responses = modelled + gain.to(innovations) @ innovations
         self._next = turn[0] + count
         self._over = self._next >= len(mixture)
         if first_sweep and not self._over:
             return
-        rotation = self._rayleigh_ritz()
+        rotation = self._rayleigh_ritz(within[:, : self.order] + within[:, self.order :] @ gain.T)
         self._carry_over(rotation @ before.T)
         self.sweeps += self._over
 
@@ -260,6 +263,7 @@ class TrackedSubspace:
             raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._vectors.shape)}")
         self.smoothing, self.sweeps = state["smoothing"], state["sweeps"]
         self._next, self._over = state["next"], state["over"]
+        self._recipe = None
         for name in ("vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
         for name in ("mixture", "values", "variances", "corrections", "averaged"):
@@ -280,18 +284,16 @@ class TrackedSubspace:
     def _products(self, rows: Tensor, others: Tensor) -> Tensor:
         return self._total(inner_products(rows, others))
 
-    def _model(self, q: Tensor) -> Tensor:
-        """`A q` for rows q."""
-        order = self.order
-        products = self._products(q, torch.cat((self._vectors, self._responses)))
-        within = self._products(self._vectors, self._responses)
-        along = products[:, :order].to(q)
-        across = (products[:, order:] - products[:, :order] @ within).to(q)
-        return along @ self._responses + across @ self._vectors
+    def _model(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """`A q` for rows q, `(k, N)`, and the products `X qᵀ`, `(order, k)`."""
+        k, order = len(q), self.order
+        products = self._products(torch.cat((q, self._vectors)), torch.cat((self._vectors, self._responses)))
+        coordinates, within = products[:k, :order], products[k:, order:]
+        across = products[:k, order:] - coordinates @ within
+        return coordinates.to(q) @ self._responses + across.to(q) @ self._vectors, coordinates.T
 
-    def _rayleigh_ritz(self) -> Tensor:
+    def _rayleigh_ritz(self, projected: Tensor) -> Tensor:
         """Rotate the basis, and with it what is known in it, to the eigenvectors of `sym(X Zᵀ)`; the rotation."""
-        projected = self._products(self._vectors, self._responses)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T
@@ -303,19 +305,17 @@ class TrackedSubspace:
         self._mixture = self._mixture @ rotation.T
         return rotation
 
-    def _learn(self, before: Tensor, shares: Tensor, turn: list[int], innovations: Tensor) -> None:
+    def _learn(self, shares: Tensor, turn: list[int], along: Tensor, within: Tensor) -> None:
         """What a probe says about the pairs before it: corrections and variances.
 
         Args:
-            before: `(order, order)`, the vectors so far in the basis that is probed.
-            shares: `(order, K)`, of what every direction says in what is known along the basis.
+            shares: `(order, K)`, of every direction in the vectors so far.
             turn: which directions were probed.
-            innovations: `(count, N)`, of these.
+            along: `(order, count)`, products of these vectors with the innovations.
+            within: `(order,)`, squared length of what of a vector is in the basis that is probed.
         """
-        shares = before @ shares
-        along, squares = shares[:, turn] * self._products(self._vectors, innovations), shares.square()
-        seen = squares[:, turn].sum(dim=1) / squares.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        seen *= before.square().sum(dim=1)
+        along, squares = along * shares[:, turn], shares.square()
+        seen = squares[:, turn].sum(dim=1) / squares.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny) * within
         excess = along.sum(dim=1) - seen.clamp_max(1.0) * self._corrections
         self._corrections = self._corrections + self.smoothing * excess
         # The first sweep's model knows what its own responses say along its vectors, whatever H is.
@@ -338,23 +338,32 @@ class TrackedSubspace:
 
     def _turned_basis(self) -> Tensor:
         """An orthonormal basis of the responses, for the next sweep."""
+        longest, turns = self._recipe or (float(self.lengths(self._responses).max()), [])
         # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
-        longest = float(self.lengths(self._responses).max())
-        return self._orthonormal(self._responses + (1e-7 * longest or 1.0) * self._vectors)
+        rows = self._responses / longest + 1e-7 * self._vectors if longest else self._vectors
+        for turn in turns:
+            rows = turn.to(rows) @ rows
+        if self._recipe is None:
+            # It is needed twice, to probe and to learn: no bases are kept between, but how to make them.
+            rows, turns = self._orthonormal(rows)
+            self._recipe = longest, turns
+        return rows
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormal basis of independent rows, that of Gram and Schmidt, by Cholesky factors of their Gram matrix."""
+    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Orthonormal basis of independent rows, that of Gram and Schmidt, and the matrices that make it, in turn."""
         # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
         # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
-        for _ in range(_ROUNDS):
-            rows = rows / self.lengths(rows).clamp_min(torch.finfo(rows.dtype).tiny).to(rows)[:, None]
+        turns: list[Tensor] = []
+        eye = torch.eye(len(rows), dtype=torch.float64)
+        while len(turns) < _ROUNDS:
             gram = self._products(rows, rows)
-            eye = torch.eye(len(gram), dtype=gram.dtype)
             if float((gram - eye).abs().max()) < _ORTHONORMAL:
                 break
-            lower = torch.linalg.cholesky(gram + _SHIFT * eye)
-            rows = torch.linalg.solve_triangular(lower, eye, upper=False).to(rows) @ rows
-        return rows
+            lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+            lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + _SHIFT * eye)
+            turns.append(torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False))
+            rows = turns[-1].to(rows) @ rows
+        return rows, turns
 
 
 def _frame(count: int, order: int) -> Tensor:
