@@ -188,6 +188,7 @@ def train(key: Key, data: Dataset) -> Record:
     trainer = Trainer(module, data.train_inputs, data.train_labels)
     optimizer = rule.make(module.parameters(), key.rate)
     adapt = rule.adapt() if rule.adapt else None
+    curved = rule.curved(optimizer) if rule.curved and isinstance(optimizer, ReplicaNewton) else None
     by_us = rule.averaged and not isinstance(optimizer, ReplicaNewton)
     average = AveragedModel(module, avg_fn=_averaged) if by_us else None
     budget = len(data.train_labels) // task.batch_size * task.batch_size * task.epochs
@@ -213,6 +214,8 @@ def train(key: Key, data: Dataset) -> Record:
             factor *= adapt(trainer, step, indices, factor)
         for group in optimizer.param_groups:
             group["lr"] = (1.0 if rule.relative else key.rate) * factor
+        if curved is not None and step >= RISE and step % curved.every == 0:
+            trainer.evaluated += curved.probe(module, data.train_inputs[indices], data.train_labels[indices])
         trainer.remember()
         optimizer.step()
         if average is not None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from step_rules_curved import Curved, NotedRate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -51,6 +52,7 @@ class Rule:
         schedule: how the rate falls: along half a cosine of the budget; up to step 20 and down like 1/√t; by itself.
         averaged: whether it is evaluated at the average over the last ninth of all steps.
         every_seed: whether it is worth all seeds.
+        curved: brings curvature into the steps of the optimizer that it is given.
     """
 
     description: str
@@ -64,6 +66,7 @@ class Rule:
     schedule: Schedule = "cosine"
     averaged: bool = False
     every_seed: bool = True
+    curved: Callable[[ReplicaNewton], Curved] | None = None
 
 
 class ConstantShare(DistanceRate):
@@ -149,6 +152,22 @@ def _variant(
     )
 
 
+def _curved(difference: str, **options: Any) -> Rule:
+    """The untuned step with Newton's inside a tracked space, at one seed."""
+    return Rule(
+        f'as "metric", {difference}',
+        (SHARE,),
+        _ours(rate=NotedRate),
+        True,
+        True,
+        probes=True,
+        schedule="own",
+        averaged=True,
+        every_seed=False,
+        curved=partial(Curved, **options),
+    )
+
+
 RULES: dict[str, Rule] = {
     "metric": Rule(
         '`ReplicaNewton(rule="metric")`, untuned, no schedule',
@@ -189,6 +208,13 @@ RULES: dict[str, Rule] = {
     "slower": _variant("momentum 0.95 in place of 0.9", partial(Metric, momentum=0.95)),
     "diagonal": _variant("diagonal metric", partial(Metric, "diagonal")),
     "identity": _variant("identity metric", partial(Metric, "identity")),
+    **{
+        f"newton-{K}": _curved(f"Newton's step in a tracked space of 8, probed every {K} steps", every=K)
+        for K in (1, 5, 10, 20)
+    },
+    "newton-16": _curved("the same, a space of 16, every 10 steps", every=10, rank=16),
+    "newton-limit": _curved("the same, space of 8, every 10 steps, rates only lowered", every=10, grows=False),
+    "newton-placebo": _curved("the same, space of 8, every 10 steps, random directions", every=10, placebo=True),
     "cosine": Rule('as "metric", 0.3 of the distance along a cosine, last point', (0.3,), _ours(), True, True),
     "share": Rule('as "cosine", best share of the distance', (0.15, 0.6, 1.2), _ours(), False, True, every_seed=False),
     "steered": Rule(

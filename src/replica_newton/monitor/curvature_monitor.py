@@ -55,7 +55,8 @@ class CurvatureMonitor:
         relative_step: None differentiates twice, which is exact. Otherwise `H q ≈ (g(w + h q) − g(w))/h` on the same
             data with the same random numbers, h over `max(‖w‖, 1)`, for models that can be differentiated once, or to
             reuse gradients. 1e-3 weighs the rounding of fp32 gradients against the change of the Hessian along the way.
-            Where a kink (ReLU, max-pooling) is crossed, the jump of the gradient over h counts as curvature.
+            Where a kink (ReLU, max-pooling) is crossed, the jump of the gradient over h counts as curvature: there 3e-3
+            does better.
         reuse_gradient: with `relative_step`, take the gradient at w from `.grad` instead of evaluating it: one gradient
             a probe. `.grad` must be that of the very same loss, not clipped, scaled or accumulated, and the network
             draw no random numbers; of several processes each needs that of its own batch, before an all-reduce. The

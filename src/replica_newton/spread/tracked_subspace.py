@@ -57,8 +57,9 @@ class TrackedSubspace:
     `b = Σ_j (y_jᵀ E y)²/(λ − λ_j)` for an eigenvector y among others y_j. The innovation shows by how much: the probe's
     noise is new to the Ritz vector x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
     curvature along x from the Ritz value θ. That curvature is too small, for x is no eigenvector, and to second order
-    by the same b. So the eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are. For exact
-    responses of one H, c is zero.
+    by the same b. So the eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are; were it
+    anywhere between θ and θ + c alike, its variance would be c²/12, which is added. For exact responses of one H, c is
+    zero. What H has changed by since the probes is in c, too: it has the middle lag behind.
 
     Args:
         order: number of directions, in 1 … N.
@@ -199,8 +200,8 @@ class TrackedSubspace:
     def uncertainties(self) -> Tensor:
         """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a third probe; see above."""
         left = float(_MIDDLE @ self._averaged @ _MIDDLE)
-        deviations = (left / (1.0 + self._averaged[0, 0]) * self._variances).sqrt()
-        return deviations[: self.order if self.sweeps else 0]
+        variances = left / (1.0 + self._averaged[0, 0]) * self._variances + self._corrections.square() / 12
+        return variances.sqrt()[: self.order if self.sweeps else 0]
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
         """Hessian-vector product on the tracked pairs, `bulk · z_⊥ + Σ_i θ_i (x_iᵀ z) x_i`.
