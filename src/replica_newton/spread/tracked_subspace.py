@@ -1,5 +1,6 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -151,7 +152,7 @@ class TrackedSubspace:
         innovations = responses - mixture[turn].to(modelled) @ modelled
         shares = torch.linalg.pinv(mixture)
         # All that must be summed over the columns, at once.
-        products = self._products(torch.cat((basis, self._vectors)), torch.cat((modelled, innovations)))
+        products = self._products((basis, self._vectors), (modelled, innovations))
         within, along = products[: self.order], products[self.order :]
         if not first_sweep:
             self._learn(before @ shares, turn, along[:, self.order :], before.square().sum(dim=1))
@@ -282,13 +283,14 @@ class TrackedSubspace:
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._columns is None else self._columns.total(sums)
 
-    def _products(self, rows: Tensor, others: Tensor) -> Tensor:
-        return self._total(inner_products(rows, others))
+    def _products(self, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Of all rows with all others, one below the other and side by side, summed over the columns at once."""
+        return self._total(torch.cat([torch.cat([inner_products(a, b) for b in others], dim=1) for a in rows]))
 
     def _model(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """`A q` for rows q, `(k, N)`, and the products `X qᵀ`, `(order, k)`."""
         k, order = len(q), self.order
-        products = self._products(torch.cat((q, self._vectors)), torch.cat((self._vectors, self._responses)))
+        products = self._products((q, self._vectors), (self._vectors, self._responses))
         coordinates, within = products[:k, :order], products[k:, order:]
         across = products[:k, order:] - coordinates @ within
         return coordinates.to(q) @ self._responses + across.to(q) @ self._vectors, coordinates.T
@@ -357,7 +359,7 @@ class TrackedSubspace:
         turns: list[Tensor] = []
         eye = torch.eye(len(rows), dtype=torch.float64)
         while len(turns) < _ROUNDS:
-            gram = self._products(rows, rows)
+            gram = self._products((rows,), (rows,))
             if float((gram - eye).abs().max()) < _ORTHONORMAL:
                 break
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
