@@ -3,7 +3,7 @@
 Runs are kept in `docs/results/step_rules.jsonl`, one a line, and never repeated; `docs/step_rules.md` is written from
 them. A run's budget is a number of gradient evaluations, probes and all; rates of peers fall along half a cosine of it.
 
-    python benchmarks/step_rules.py --data FOLDER          # FOLDER holds mnist.npz and cifar10.npz; about half an hour
+    python benchmarks/step_rules.py --data FOLDER          # FOLDER holds mnist.npz and cifar10.npz; about an hour
     python benchmarks/step_rules.py --task digits          # a minute, no files needed
     python benchmarks/step_rules.py --write                # the page alone, from the runs there are
 """
