@@ -62,7 +62,8 @@ def test_ratios_and_bars_are_those_of_the_medians(completed: Completed) -> None:
         "paper": dict.fromkeys(FINALS),
     }
     # Ours at 5, 4, 3, 2 and 1 times 0.95, against Adam's 2.0 after all five.
-    assert found["reached"] == {"digits-mlp-full": pytest.approx(0.8)}
+    assert found["reached"] == {"digits-mlp-full": {"share": pytest.approx(0.8), "limit": 0.67, "met": False}}
+    assert found["identity"] == {"ratios": {}, "within": 0, "met": True}
     assert found["safety"] == {"runs": 30, "seeds": 10, "diverged": 0}
     row = found["tasks"]["mnist-relu"]["methods"]["paper"]
     assert (row["final_nll"], row["diverged"], row["at_the_edge"]) == (None, 3, False)
@@ -79,7 +80,21 @@ def test_what_never_comes_as_low_as_adam_has_not_reached_it(completed: Completed
     def high(run: Run) -> float:
         return 3.0 if run.method == "replica-newton" else final(run)
 
-    assert findings(PLAN, completed(PLAN, high)[0])["reached"] == {"digits-mlp-full": None}
+    reached = findings(PLAN, completed(PLAN, high)[0])["reached"]["digits-mlp-full"]
+    assert (reached["share"], reached["met"]) == (None, False)
+
+
+def test_the_step_without_a_metric_is_held_to_momentum(completed: Completed, tmp_path: Path) -> None:
+    plan = Plan(("digits-mlp", "digits-mlp-full"), ("momentum", "replica-newton", "identity"), Extent(extensions=0))
+    finals = {"digits-mlp": {"momentum": 1.0, "identity": 0.8}, "digits-mlp-full": {"momentum": 1.0, "identity": 1.2}}
+    records, _ = completed(plan, lambda run: finals[run.task].get(run.method, 0.5))
+    assert findings(plan, records)["identity"] == {
+        "ratios": {"digits-mlp": pytest.approx(0.8), "digits-mlp-full": pytest.approx(1.2)},
+        "within": 1,
+        "met": False,
+    }
+    claim = "| without a metric (identity) at most best-tuned SGD with momentum on every task | on 1 of 2 "
+    assert f"{claim}| does not hold |" in write_page(plan, records, tmp_path, "replica-newton benchmark").read_text()
 
 
 def test_an_unfinished_benchmark_has_no_findings(completed: Completed) -> None:

@@ -20,6 +20,9 @@ BARS = (
     ("all", 1.05, 2 / 3),
     ("all", 1.15, 1.0),
 )
+REACHED = 0.67
+"""Share of its evaluations within which best-tuned Adam's final loss is to be reached, where batches are large."""
+IDENTITY, MOMENTUM = "identity", "momentum"
 Entries = dict[str, dict[str, Entry]]
 
 
@@ -88,6 +91,7 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
     Returns:
         Sections "extent", "tasks" (by name: what it is and a row a method), "ratios" (by task, by opponents), "bars",
         "reached" (by task of large batches: the share of Adam's evaluations after which ours has its final NLL),
+        "identity" (ours without a metric over best-tuned SGD with momentum, by task),
         "safety" (how many runs of ours, and how many diverged) and "ablations" (by method, by task: its NLL over ours).
 
     Raises:
@@ -116,6 +120,7 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
             for task, rows in found.items()
             if {OURS, "adam"} <= rows.keys() and TASKS[task].batch_size >= LARGE_BATCH
         },
+        "identity": _identity(found),
         "safety": _safety(plan, records),
         "ablations": _ablations(found),
     }
@@ -177,7 +182,7 @@ def _ratio(rows: dict[str, Entry], opponents: str) -> dict[str, Any] | None:
     }
 
 
-def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> float | None:
+def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> dict[str, Any]:
     """How soon our batches' losses are as low as the final NLL of Adam, both of the median seed.
 
     Returns:
@@ -185,10 +190,24 @@ def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> float | No
         those before the average is taken, and known for every twentieth of the budget.
     """
     ours, adam = (median_record(plan, records, rows[method]) for method in (OURS, "adam"))
-    for spent, _, nll in ours.curve:
-        if nll <= adam.final_nll:
-            return spent / adam.evaluations
-    return None
+    shares = [spent / adam.evaluations for spent, _, nll in ours.curve if nll <= adam.final_nll]
+    share = min(shares, default=None)
+    return {"share": share, "limit": REACHED, "met": share is not None and share <= REACHED}
+
+
+def _identity(found: Entries) -> dict[str, Any]:
+    """The step without a metric beside best-tuned SGD with momentum."""
+    ratios = {
+        task: _over(*(median(rows[method].finals[rows[method].rate]) for method in (IDENTITY, MOMENTUM)))
+        for task, rows in found.items()
+        if {IDENTITY, MOMENTUM} <= rows.keys()
+    }
+    within = sum(ratio <= 1.0 for ratio in ratios.values())
+    return {
+        "ratios": {task: finite_or_none(ratio) for task, ratio in ratios.items()},
+        "within": within,
+        "met": within == len(ratios),
+    }
 
 
 def _safety(plan: Plan, records: Records) -> dict[str, int]:
