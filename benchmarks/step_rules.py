@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from replica_newton import ReplicaNewton
+from replica_newton.optim.metric_step import average_weight
 from replica_newton.training.datasets import Dataset, load_dataset
 from replica_newton.training.loop import batches
 from replica_newton.training.models import Activation, reference_convnet
@@ -227,7 +228,7 @@ def train(key: Key, data: Dataset) -> Record:
 
 def _averaged(average: Tensor, point: Tensor, count: Tensor | int) -> Tensor:
     """As the optimizer's own average; `count` points are in it already."""
-    return average.lerp(point, 9.0 / (int(count) + 9.0))
+    return average.lerp(point, average_weight(int(count) + 1))
 
 
 def _record(key: Key, loss: float, slopes: list[tuple[float, float]], trainer: Trainer, start: float) -> Record:

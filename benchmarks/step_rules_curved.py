@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from replica_newton import ReplicaNewton, TrackedSubspace
 from replica_newton.optim.metric import _rotated, _sides
-from replica_newton.optim.metric_step import MetricStep
+from replica_newton.optim.metric_step import MetricStep, average_weight
 from replica_newton.optim.rate import DistanceRate
 
 SHARDS = 8
@@ -114,4 +114,4 @@ class Curved:
                 p.add_(piece.view_as(p))
                 state = self.optimizer.state[p]
                 # As much of it as of the step is in the average already.
-                state["average"].add_(piece.view_as(p), alpha=9.0 / (state["step"] + 8.0))
+                state["average"].add_(piece.view_as(p), alpha=average_weight(state["step"]))

@@ -14,6 +14,21 @@ from replica_newton.topology import Topology, TreeReduction
 _AVERAGED = 8.0
 
 
+def average_weight(step: int) -> float:
+    """Weight of the newest point in the average that a `MetricStep` keeps.
+
+    Args:
+        step: how many steps have been taken, >= 1.
+
+    Returns:
+        `(1 + η)/(t + η)` with η = 8: polynomial-decay averaging, over about the last ninth of all steps.
+
+    Source:
+        Shamir and Zhang (2013), arXiv 1212.1824, section 4.
+    """
+    return (1.0 + _AVERAGED) / (step + _AVERAGED)
+
+
 class Moved(NamedTuple):
     """A parameter, its gradient of what is minimised, its group's rate and decay, and what is kept of its past."""
 
@@ -34,9 +49,6 @@ class MetricStep:
     Args:
         metric: which coordinates, and the averages in them.
         rate: how far a step of unit size goes.
-
-    Source:
-        The average: Shamir and Zhang (2013), arXiv 1212.1824, section 4, polynomial-decay averaging with η = 8.
     """
 
     STATE = (*Metric.STATE, "last", "before_last", "average")
@@ -80,7 +92,7 @@ class MetricStep:
             parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
             if "average" not in state:
                 state["average"] = parameter.detach().to(unit.dtype, copy=True)
-            state["average"].lerp_(parameter.to(unit.dtype), (1.0 + _AVERAGED) / (state["step"] + _AVERAGED))
+            state["average"].lerp_(parameter.to(unit.dtype), average_weight(state["step"]))
 
     def _sums(self, moved: Sequence[Moved]) -> Tensor:
         """What must be known of all parameters.
