@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from replica_newton import ReplicaNewton, TrackedSubspace
 from replica_newton.optim.metric import _rotated, _sides
-from replica_newton.optim.metric_step import MetricStep, average_weight
+from replica_newton.optim.metric_step import average_weight
 from replica_newton.optim.rate import DistanceRate
 
 SHARDS = 8
@@ -46,7 +46,11 @@ class Curved:
     def __init__(
         self, optimizer: ReplicaNewton, *, every: int, rank: int = 8, grows: bool = True, placebo: bool = False
     ) -> None:
-        self.optimizer, self.every, self.grows, self.placebo = optimizer, every, grows, placebo
+        step = optimizer.metric_step
+        if step is None or not isinstance(step.rate, NotedRate):
+            raise TypeError("the optimizer must have the rule 'metric' at a NotedRate")
+        self.optimizer, self.metric, self.rate = optimizer, step.metric, step.rate
+        self.every, self.grows, self.placebo = every, grows, placebo
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sizes = [p.numel() for p in self.parameters]
         self.space = TrackedSubspace(rank, sum(self.sizes), smoothing=0.2)
@@ -84,17 +88,11 @@ class Curved:
         pieces = []
         for piece, p in zip(torch.split(vector, self.sizes), self.parameters, strict=True):
             state = self.optimizer.state[p]
-            V = state["second_moment"] / (1.0 - self._metric_step.metric.decay ** (state["step"] - 1))
+            V = state["second_moment"] / (1.0 - self.metric.decay ** (state["step"] - 1))
             V *= state["unit"].square()
             rotated = _rotated(state, piece.view(_sides(p.shape))) * V.clamp_min(1e-8 * float(V.max())) ** power
             pieces.append(_rotated(state, rotated, back=True).flatten())
         return torch.cat(pieces)
-
-    @property
-    def _metric_step(self) -> MetricStep:
-        if self.optimizer.metric_step is None:
-            raise TypeError("the optimizer must have the rule 'metric'")
-        return self.optimizer.metric_step
 
     def _correct(self) -> None:
         """Take the step that was just taken back along the pairs, and Newton's in its place."""
@@ -104,8 +102,7 @@ class Curved:
         if not len(values):
             return
         step = torch.cat([self.optimizer.state[p]["last"].flatten() for p in self.parameters])
-        rate = self._metric_step.rate
-        eta = rate.last if isinstance(rate, NotedRate) else 0.0
+        eta = self.rate.last
         rates = (1.0 / values.abs()).clamp_max((GROWTH if self.grows else 1.0) * eta)
         along = pairs @ self._scaled(step, 0.25)
         change = self._scaled(((eta - rates).to(along) * along) @ pairs, -0.25)
