@@ -61,9 +61,8 @@ class Watcher(NamedTuple):
     colour: str | None = None
 
 
-SHARED = "8 replicas, 32 samples each"
 MONITORS = {
-    SHARED: Watcher(RANK, colour="#D55E00"),
+    "8 replicas, 32 samples each": Watcher(RANK, colour="#D55E00"),
     "8 replicas, 32 samples each, differences": Watcher(RANK, relative_step=3e-3),
     "8 replicas, 256 samples each": Watcher(RANK, RANK, colour="#009E73"),
     "one process, directions in turn": Watcher(None, colour="#0072B2"),

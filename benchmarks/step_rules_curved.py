@@ -1,11 +1,13 @@
 """The untuned step with curvature in it: Newton's step inside a tracked space, the metric's outside."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from replica_newton import ReplicaNewton, TrackedSubspace
+from replica_newton.monitor.probes import exact_products
 from replica_newton.optim.metric import _rotated, _sides
 from replica_newton.optim.metric_step import average_weight
 from replica_newton.optim.rate import DistanceRate
@@ -24,6 +26,10 @@ class NotedRate(DistanceRate):
         """See `DistanceRate`."""
         self.last = super().__call__(size)
         return self.last
+
+
+def _loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(module(x), y)
 
 
 class Curved:
@@ -61,27 +67,17 @@ class Curved:
     def probe(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> int:
         """Ask every shard for one product; returns the samples whose gradients that took."""
         directions = self.random[:SHARDS] if self.placebo else self.space.directions(SHARDS)
-        shards = zip(directions, inputs.chunk(SHARDS), targets.chunk(SHARDS), strict=True)
-        rows = torch.stack(
-            [self._scaled(self._product(module, x, y, self._scaled(q, -0.25)), -0.25) for q, x, y in shards]
-        )
+        shards = zip(inputs.chunk(SHARDS), targets.chunk(SHARDS), strict=True)
+        losses = [partial(_loss, module, x, y) for x, y in shards]
+        displacements = torch.stack([self._scaled(q, -0.25) for q in directions])
+        _, products = exact_products(module, self.parameters, losses, displacements)
+        rows = torch.stack([self._scaled(product, -0.25) for product in products])
         if self.placebo:
             now = (rows * directions).sum(dim=1)
             self.quotients = now if self.quotients is None else torch.lerp(self.quotients, now, 0.2)
         else:
             self.space.observe(rows)
         return 2 * len(targets)
-
-    def _product(self, module: nn.Module, x: Tensor, y: Tensor, q: Tensor) -> Tensor:
-        names = [name for name, _ in module.named_parameters()]
-
-        def loss(*values: Tensor) -> Tensor:
-            return cross_entropy(functional_call(module, dict(zip(names, values, strict=True)), (x,)), y)
-
-        values = [p.detach().requires_grad_() for p in self.parameters]
-        gradients = torch.autograd.grad(loss(*values), values, create_graph=True)
-        pieces = [piece.view_as(p) for piece, p in zip(torch.split(q, self.sizes), values, strict=True)]
-        return torch.cat([h.flatten() for h in torch.autograd.grad(gradients, values, pieces)])
 
     def _scaled(self, vector: Tensor, power: float) -> Tensor:
         """`D^(2·power)` times a vector: V is D², in units of the first gradient."""

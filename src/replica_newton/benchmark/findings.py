@@ -90,7 +90,7 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
 
     Returns:
         Sections "extent", "tasks" (by name: what it is and a row a method), "ratios" (by task, by opponents), "bars",
-        "reached" (by task of large batches: the share of Adam's evaluations after which ours has its final NLL),
+        "reached" (by task of large batches: how soon ours has Adam's final NLL),
         "identity" (ours without a metric over best-tuned SGD with momentum, by task),
         "safety" (how many runs of ours, and how many diverged) and "ablations" (by method, by task: its NLL over ours).
 
@@ -186,8 +186,8 @@ def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> dict[str, 
     """How soon our batches' losses are as low as the final NLL of Adam, both of the median seed.
 
     Returns:
-        Gradient evaluations until then over all that Adam spends; None if they never are. An upper bound: losses are
-        those before the average is taken, and known for every twentieth of the budget.
+        "share", gradient evaluations until then over all that Adam spends, None if they never are; "limit"; "met". The
+        share is an upper bound: losses are those before the average is taken, for every twentieth of the budget.
     """
     ours, adam = (median_record(plan, records, rows[method]) for method in (OURS, "adam"))
     shares = [spent / adam.evaluations for spent, _, nll in ours.curve if nll <= adam.final_nll]

@@ -70,6 +70,11 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"{folder} must be writable")
 
 
+def command_line() -> str:
+    """As it was typed, for a page or a report."""
+    return shlex.join(["replica-newton", *sys.argv[1:]])
+
+
 def environment() -> dict[str, str]:
     """Versions, machine and command line, for a report."""
     return {
@@ -79,5 +84,5 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "processors": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "command": shlex.join(["replica-newton", *sys.argv[1:]]),
+        "command": command_line(),
     }

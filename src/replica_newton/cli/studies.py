@@ -1,7 +1,5 @@
 """The commands `reproduce` and `benchmark`."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +12,7 @@ from replica_newton.cli.shared import (
     DataOption,
     FreshOption,
     WorkersOption,
+    command_line,
     end_interrupted,
     make_folder,
 )
@@ -61,7 +60,7 @@ def reproduce(
         except KeyboardInterrupt:
             results, interrupted = load_results(study.summary), True
     if study.presentable(results):
-        page = write_page(study.plan, results, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
+        page = write_page(study.plan, results, folder, command_line())
         console.print(f"Page: {page}", highlight=False, soft_wrap=True)
     if interrupted:
         end_interrupted("; the same command goes on")
@@ -106,5 +105,5 @@ def benchmark(
             records = study.run(progress)
         except KeyboardInterrupt:
             end_interrupted("; the same command goes on")
-    page = write_page(study.plan, records, folder, shlex.join(["replica-newton", *sys.argv[1:]]))
+    page = write_page(study.plan, records, folder, command_line())
     console.print(f"Page: {page}", highlight=False, soft_wrap=True)
