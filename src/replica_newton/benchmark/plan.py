@@ -20,7 +20,7 @@ class Extent:
         own_seeds: of our default, to see whether it ever diverges; those beyond `seeds` count for nothing else.
         rates: of a grid, the ones in its middle; None for all.
         extensions: rates that may be added at either end of a grid, as long as the best is the last one there.
-        neighbours: rates on either side of the best that are run with all seeds, too.
+        margin: over the lowest loss of seed 0, of the rates that are run with all seeds, as a factor.
         quick: whether training sets are cut short.
     """
 
@@ -28,12 +28,12 @@ class Extent:
     own_seeds: int = 10
     rates: int | None = None
     extensions: int = 3
-    neighbours: int = 1
+    margin: float = 1.1
     quick: bool = False
 
 
 FULL = Extent()
-QUICK = Extent(seeds=1, own_seeds=1, rates=3, extensions=0, neighbours=0, quick=True)
+QUICK = Extent(seeds=1, own_seeds=1, rates=3, extensions=0, margin=1.0, quick=True)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     """The benchmark of some tasks and methods.
 
     Every rate of a method's grid is run with seed 0; the grid grows by one rate as long as the best is at its end. The
-    best rate and its neighbours are then run with the other seeds.
+    best rate, and all that come close to it, are then run with the other seeds.
 
     Attributes:
         tasks: keys of `TASKS`.
@@ -98,7 +98,7 @@ class Plan:
         for task, method in self.pairs():
             rates, finals = self._tuning(records, task, method)
             yield from (self.run(task, method, rate, 0) for rate in rates)
-            compared = self._compared(rates, finals) if finals else rates[: 2 * self.extent.neighbours + 1]
+            compared = self._compared(rates, finals) if finals else rates[:1]
             rest += [
                 self.run(task, method, rate, seed, tentative=finals is None)
                 for seed in range(1, self.extent.seeds)
@@ -175,6 +175,8 @@ class Plan:
         return tune(self._grid(method), lambda rate: self._final(records, task, method, rate, 0), extensions)
 
     def _compared(self, rates: list[float], finals: list[float]) -> list[float]:
-        """Rates that are run with all seeds: the best of seed 0 and its neighbours."""
-        best = finals.index(min(finals))
-        return rates[max(0, best - self.extent.neighbours) : best + self.extent.neighbours + 1]
+        """Rates that are run with all seeds: those whose loss with seed 0 is within the margin of the lowest."""
+        # A loss is positive; where every rate diverged, all are infinite and the first stands for them.
+        limit = self.extent.margin * min(finals)
+        close = [rate for rate, final in zip(rates, finals, strict=True) if final <= limit]
+        return close if math.isfinite(limit) else rates[:1]
