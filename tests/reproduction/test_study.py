@@ -25,7 +25,7 @@ TINY = Extent(
     tuning_epochs=1,
     plateau_epochs=1,
     plateau_seeds=(0,),
-    train_limit=512,
+    train_limit=256,
 )
 
 
