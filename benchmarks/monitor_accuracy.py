@@ -5,10 +5,11 @@ every tenth step: eight replicas, eight directions at once, each on its own shar
 by differences of gradients; eight replicas with a batch of 256 each; and one process, one direction in turn, on the
 batch. The truth is the Hessian of the training loss at the same parameters: SciPy's Lanczos (`eigsh`) on exact
 Hessian-vector products over all 20,000 samples, at every sixth probe from step 120. (Over fewer, the truth would have a
-sampling error of its own: one batch of 256 is off by 23 % along the sharpest direction, 5,000 samples by 5 %.) A monitor never touches a run, so the runs and
-their truths are made first, and can be kept. What one batch can know is measured beside them: the curvature `xᵀ H x` of
-the batch along the exact eigenvectors x. At the end of the first run the network is frozen, and a monitor looks at one
-batch of 512 again and again; the truth is then Lanczos on the same batch.
+sampling error of its own: one batch of 256 is off by 23 % along the sharpest direction, 5,000 samples by 5 %.)
+A monitor never touches a run, so the runs and their truths are made first, and can be kept. What one batch can know is
+measured beside them: the curvature `xᵀ H x` of the batch along the exact eigenvectors x. At the end of the first run
+the network is frozen, and a monitor looks at one batch of 512 again and again; the truth is then Lanczos on the same
+batch.
 
 Writes `monitor_accuracy.json`, `.png` and `.svg`; errors are medians over all compared points of all runs, and coverage
 is the share of exact eigenvalues, of the top five, in the monitor's 90 % intervals `θ ± 1.645 · uncertainty`.
@@ -292,7 +293,12 @@ def draw(run: list[dict[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     steps = [entry["step"] for entry in run]
     axes.semilogy(
-        steps, [entry["Lanczos"][0] for entry in run], "k-", linewidth=2.5, alpha=0.35, label="Lanczos, whole training set"
+        steps,
+        [entry["Lanczos"][0] for entry in run],
+        "k-",
+        linewidth=2.5,
+        alpha=0.35,
+        label="Lanczos, all samples",
     )
     for name, how in MONITORS.items():
         if how.colour is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from replica_newton import ReplicaNewton
+from replica_newton import ReplicaNewton, Simulated
 from replica_newton.optim.metric_step import average_weight
 from replica_newton.training.datasets import Dataset, load_dataset
 from replica_newton.training.loop import batches
@@ -151,6 +151,16 @@ class Trainer:
             parameter.grad = piece.view_as(parameter)
         return loss
 
+    def step(self, optimizer: ReplicaNewton, indices: Tensor) -> float:
+        """Step of an optimizer whose replicas evaluate the batch, and probe it. Returns the loss before."""
+        topology = optimizer.topology
+        if not isinstance(topology, Simulated):
+            raise TypeError(f"replicas must be simulated, got {topology!r}")
+        closure = topology.closure(self.module, cross_entropy, self.inputs[indices], self.targets[indices])
+        loss = float(optimizer.step(closure))
+        self.evaluated += closure.samples_evaluated
+        return loss
+
     def remember(self) -> None:
         """Before a step."""
         self._before = [parameter.detach().clone() for parameter in self.parameters]
@@ -189,7 +199,7 @@ def train(key: Key, data: Dataset) -> Record:
     trainer = Trainer(module, data.train_inputs, data.train_labels)
     optimizer = rule.make(module.parameters(), key.rate)
     adapt = rule.adapt() if rule.adapt else None
-    curved = rule.curved(optimizer) if rule.curved and isinstance(optimizer, ReplicaNewton) else None
+    probing = optimizer if isinstance(optimizer, ReplicaNewton) and optimizer.probes is not None else None
     by_us = rule.averaged and not isinstance(optimizer, ReplicaNewton)
     average = AveragedModel(module, avg_fn=_averaged) if by_us else None
     budget = len(data.train_labels) // task.batch_size * task.batch_size * task.epochs
@@ -205,7 +215,7 @@ def train(key: Key, data: Dataset) -> Record:
                 factor = min((step + 1) / RISE, (RISE / (step + 1)) ** 0.5)
             case "own":
                 factor = 1.0
-        loss = trainer.backward(indices, rule.shards)
+        loss = trainer.backward(indices, rule.shards) if probing is None else trainer.step(probing, indices)
         first = loss if step == 0 else first
         if not loss <= 100.0 * first:
             return _record(key, math.nan, slopes, trainer, start)
@@ -215,10 +225,9 @@ def train(key: Key, data: Dataset) -> Record:
             factor *= adapt(trainer, step, indices, factor)
         for group in optimizer.param_groups:
             group["lr"] = (1.0 if rule.relative else key.rate) * factor
-        if curved is not None and step >= RISE and step % curved.every == 0:
-            trainer.evaluated += curved.probe(module, data.train_inputs[indices], data.train_labels[indices])
-        trainer.remember()
-        optimizer.step()
+        if probing is None:
+            trainer.remember()
+            optimizer.step()
         if average is not None:
             average.update_parameters(module)
     with optimizer.averaged() if isinstance(optimizer, ReplicaNewton) and rule.averaged else nullcontext():

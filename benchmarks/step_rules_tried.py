@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from step_rules_curved import Curved, NotedRate
+from step_rules_placebo import RandomProbes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from replica_newton import ReplicaNewton
+from replica_newton import PairedProbes, ReplicaNewton, Simulated
 from replica_newton.benchmark.optimizers import UnfittedMetric
-from replica_newton.optim.metric import Metric
+from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.rate import SHARE, DistanceRate
 
@@ -52,7 +52,6 @@ class Rule:
         schedule: how the rate falls: along half a cosine of the budget; up to step 20 and down like 1/√t; by itself.
         averaged: whether it is evaluated at the average over the last ninth of all steps.
         every_seed: whether it is worth all seeds.
-        curved: brings curvature into the steps of the optimizer that it is given.
     """
 
     description: str
@@ -66,7 +65,6 @@ class Rule:
     schedule: Schedule = "cosine"
     averaged: bool = False
     every_seed: bool = True
-    curved: Callable[[ReplicaNewton], Curved] | None = None
 
 
 class ConstantShare(DistanceRate):
@@ -152,19 +150,22 @@ def _variant(
     )
 
 
-def _curved(difference: str, **options: Any) -> Rule:
-    """The untuned step with Newton's inside a tracked space, at one seed."""
+def _probing(difference: str, probes: Callable[[], PairedProbes], metric: MetricName = "kronecker") -> Rule:
+    """The untuned step with Newton's along what eight replicas find, at one seed."""
+
+    def make(parameters: Iterable[nn.Parameter], _: float) -> Optimizer:
+        return ReplicaNewton(parameters, metric=metric, topology=Simulated(SHARDS), spread=probes())
+
     return Rule(
         f'as "metric", {difference}',
         (SHARE,),
-        _ours(rate=NotedRate),
+        make,
         True,
         True,
         probes=True,
         schedule="own",
         averaged=True,
         every_seed=False,
-        curved=partial(Curved, **options),
     )
 
 
@@ -209,12 +210,22 @@ RULES: dict[str, Rule] = {
     "diagonal": _variant("diagonal metric", partial(Metric, "diagonal")),
     "identity": _variant("identity metric", partial(Metric, "identity")),
     **{
-        f"newton-{K}": _curved(f"Newton's step in a tracked space of 8, probed every {K} steps", every=K)
+        f"newton-{K}": _probing(f"`PairedProbes` every {K} steps", partial(PairedProbes, every=K))
         for K in (1, 5, 10, 20)
     },
-    "newton-16": _curved("the same, a space of 16, every 10 steps", every=10, rank=16),
-    "newton-limit": _curved("the same, space of 8, every 10 steps, rates only lowered", every=10, grows=False),
-    "newton-placebo": _curved("the same, space of 8, every 10 steps, random directions", every=10, placebo=True),
+    "newton-exact": _probing("`PairedProbes`, exact products", partial(PairedProbes, relative_step=None)),
+    "newton-16": _probing("`PairedProbes` of rank 16", partial(PairedProbes, rank=16)),
+    "newton-limit": _probing("`PairedProbes`, rates only lowered", partial(PairedProbes, growth=1.0)),
+    "newton-tensors": _probing("`PairedProbes`, a space for every tensor", partial(PairedProbes, blocks="tensor")),
+    "newton-placebo": _probing("`PairedProbes` of random directions", RandomProbes),
+    "newton-diagonal": _probing("diagonal metric, `PairedProbes`", PairedProbes, "diagonal"),
+    "newton-identity": _probing("identity metric, `PairedProbes`", PairedProbes, "identity"),
+    "newton-identity-tensors": _probing(
+        "identity metric, `PairedProbes`, a space for every tensor", partial(PairedProbes, blocks="tensor"), "identity"
+    ),
+    "newton-identity-placebo": _probing(
+        "identity metric, `PairedProbes` of random directions", RandomProbes, "identity"
+    ),
     "cosine": Rule('as "metric", 0.3 of the distance along a cosine, last point', (0.3,), _ours(), True, True),
     "share": Rule('as "cosine", best share of the distance', (0.15, 0.6, 1.2), _ours(), False, True, every_seed=False),
     "steered": Rule(

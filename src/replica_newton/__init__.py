@@ -5,7 +5,7 @@ from replica_newton.curvature import SecantCurvature, exact_newton_step, saddle_
 from replica_newton.graceful_exit import GracefulExit
 from replica_newton.launch import init_processes
 from replica_newton.monitor import CurvatureMonitor, CurvatureObservation, SharpnessCeiling
-from replica_newton.optim import ReplicaNewton
+from replica_newton.optim import PairedProbes, ReplicaNewton
 from replica_newton.spread import LocalStep, RandomDirections, TrackedSubspace
 from replica_newton.topology import ParameterServer, Simulated, TreeReduction
 
@@ -14,6 +14,7 @@ __all__ = [
     "CurvatureObservation",
     "GracefulExit",
     "LocalStep",
+    "PairedProbes",
     "ParameterServer",
     "RandomDirections",
     "ReplicaNewton",

@@ -128,6 +128,21 @@ class Metric:
             self._turn(state, G)
         return unit.reshape(shape)
 
+    def scaled(self, state: dict[str, Any], vector: Tensor, power: float) -> Tensor:
+        """`D^power x`, with D the root mean square of gradients, in their own unit, that `unit_step` divides by.
+
+        Args:
+            state: of the parameter, after two steps at least.
+            vector: x, of as many elements as the parameter, flat.
+            power: any.
+
+        Returns:
+            The product, flat.
+        """
+        V = state["second_moment"] / (1.0 - self.decay ** (state["step"] - 1))
+        D = _floored((V.mean() if self.name == "identity" else V).sqrt() * state["unit"])
+        return _rotated(state, _rotated(state, vector.view(V.shape)) * D**power, back=True).flatten()
+
     def _rotates(self, shape: Sequence[int]) -> bool:
         return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0
 
@@ -200,7 +215,10 @@ def _unit(state: dict[str, Any], G: Tensor) -> Tensor:
 
 def _per_root(matrix: Tensor, squares: Tensor, factor: float = 1.0) -> Tensor:
     """`factor · X / √V`, cut; next to nothing where V is so small that it is zero everywhere."""
-    roots = squares.sqrt()
+    return (matrix / _floored(squares.sqrt())).mul_(factor).clamp_(-_LIMIT, _LIMIT)
+
+
+def _floored(roots: Tensor) -> Tensor:
+    """Roots above their own rounding, in place; ones where all are zero."""
     length = torch.linalg.vector_norm(roots)
-    roots.add_(torch.where(length > 0, _FLOOR * torch.finfo(roots.dtype).eps * length, 1.0))
-    return (matrix / roots).mul_(factor).clamp_(-_LIMIT, _LIMIT)
+    return roots.add_(torch.where(length > 0, _FLOOR * torch.finfo(roots.dtype).eps * length, 1.0))

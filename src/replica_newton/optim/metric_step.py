@@ -8,8 +8,9 @@ from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.metric import Metric
+from replica_newton.optim.paired_probes import PairedProbes
 from replica_newton.optim.rate import DistanceRate
-from replica_newton.topology import Topology, TreeReduction
+from replica_newton.topology import Simulated, Topology, TreeReduction
 
 _AVERAGED = 8.0
 
@@ -49,14 +50,18 @@ class MetricStep:
     Args:
         metric: which coordinates, and the averages in them.
         rate: how far a step of unit size goes.
+        probes: bend U by curvature; see `PairedProbes`. None leaves it the metric's.
     """
 
     STATE = (*Metric.STATE, "last", "before_last", "average")
     """What the state of a parameter may hold, beside the number of its steps."""
 
-    def __init__(self, metric: Metric | None = None, rate: DistanceRate | None = None) -> None:
+    def __init__(
+        self, metric: Metric | None = None, rate: DistanceRate | None = None, probes: PairedProbes | None = None
+    ) -> None:
         self.metric = Metric() if metric is None else metric
         self.rate = DistanceRate() if rate is None else rate
+        self.probes = probes
 
     def take(
         self,
@@ -84,8 +89,10 @@ class MetricStep:
             last, before_last = (slope / square**0.5 if square else 0.0 for slope, square in pairs)
             self.rate.observe(last, before_last, largest)
         rate = self.rate((squared_size / elements) ** 0.5)
-        for parameter, gradient, relative, decay, state in moved:
-            unit = self.metric.unit_step(state, gradient)
+        units: Sequence[Tensor] = [self.metric.unit_step(one.state, one.gradient) for one in moved]
+        if self.probes is not None:
+            units = self.probes.bent(self.metric, [one.state for one in moved], units, rate)
+        for unit, (parameter, _, relative, decay, state) in zip(units, moved, strict=True):
             state["before_last"], state["last"] = state.get("last", unit), unit
             if decay:
                 parameter.mul_(1.0 - relative * rate * decay)
@@ -140,6 +147,10 @@ def check_options(topology: Topology, **options: Any) -> None:
             f"rule='metric' needs one process or a TreeReduction of whole replicas, got {topology!r}; others are for "
             "rule='paper'"
         )
+    if isinstance(options["spread"], PairedProbes):
+        if not isinstance(topology, Simulated):
+            raise ValueError(f"spread=PairedProbes() needs replicas in one process, Simulated(M), got {topology!r}")
+        options["spread"] = None
     for name, unset in {"spread": None, "secant_data": "own", "damping": 0.0, "max_norm": None}.items():
         if options[name] != unset:
             raise ValueError(f"{name}={options[name]!r} has no meaning for rule='metric'")

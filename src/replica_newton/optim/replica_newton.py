@@ -17,6 +17,7 @@ from replica_newton.optim.evaluation import Evaluation
 from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.metric_calls import MetricCalls
 from replica_newton.optim.metric_step import MetricStep, check_options
+from replica_newton.optim.paired_probes import PairedProbes
 from replica_newton.spread import LocalStep, Spread
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
@@ -36,8 +37,8 @@ class ReplicaNewton(MetricCalls):
 
     a step U of unit size in a metric (see `Metric`), times a rate η from the weights' own size and the number of steps
     (see `DistanceRate`), times lr = 1. It needs the gradient alone, so it takes any closure, or none, and it takes no
-    curvature from replicas. Evaluate and save the module inside `averaged`. What it was measured against, and what it
-    does not do, is in docs/step_rules.md.
+    curvature from replicas unless `spread=PairedProbes()` asks for some. Evaluate and save the module inside
+    `averaged`. What it was measured against, and what it does not do, is in docs/step_rules.md.
 
     With the other rules the replicas stand at `w + d_m`. Replica m evaluates its gradient g_m there, on its own shard
     of the batch; `ḡ` is the mean. Displacements and gradients form the secants `G ≈ H W` (see `SecantCurvature`), and
@@ -66,7 +67,7 @@ class ReplicaNewton(MetricCalls):
         topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
             `Simulated(1)`, the default, has no curvature: plain SGD but for the rule "metric". That one takes either of
             these, and over processes each of them moves the parameters that are dealt to it (see `Dealing`).
-        spread: where the replicas stand for the next step.
+        spread: where the replicas stand for the next step; for the rule "metric" None or `PairedProbes`.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
         rtol: relative cut-off of the secants' directions, in [0, 1).
@@ -103,7 +104,7 @@ class ReplicaNewton(MetricCalls):
         rule: Rule = "metric",
         metric: MetricName = "kronecker",
         topology: Topology | None = None,
-        spread: Spread | None = None,
+        spread: Spread | PairedProbes | None = None,
         secant_data: Data = "own",
         damping: float = 0.0,
         rtol: float = DEFAULT_RTOL,
@@ -127,10 +128,14 @@ class ReplicaNewton(MetricCalls):
             raise ValueError(f"{max_norm=} must be positive and finite")
         self.rule = rule
         topology = Simulated(1) if topology is None else topology
-        self.metric_step = MetricStep(Metric(metric)) if rule == "metric" else None
-        if self.metric_step is not None:
+        self.metric_step: MetricStep | None = None
+        probes = spread if isinstance(spread, PairedProbes) else None
+        if rule == "metric":
             check_options(topology, spread=spread, secant_data=secant_data, damping=damping, max_norm=max_norm)
-        self.spread = LocalStep() if spread is None else spread
+            self.metric_step = MetricStep(Metric(metric), probes=probes)
+        elif probes is not None:
+            raise ValueError(f"spread=PairedProbes() is for rule='metric', got {rule=}")
+        self.spread: Spread = LocalStep() if spread is None or isinstance(spread, PairedProbes) else spread
         if topology.distributed and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
         self.secant_data = secant_data
@@ -241,6 +246,8 @@ class ReplicaNewton(MetricCalls):
         own: dict[str, Any] = {"counts": {"fallbacks": self.fallbacks, "skipped": self.skipped}}
         if self.metric_step is not None:
             own["rate"] = self.metric_step.rate.state_dict()
+            if self.probes is not None:
+                own["probes"] = self.probes.state_dict()
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -264,6 +271,13 @@ class ReplicaNewton(MetricCalls):
         self._together = True
         if self.metric_step is not None and "rate" in state_dict:
             self.metric_step.rate.load_state_dict(state_dict["rate"])
+        if self.probes is not None and "probes" in state_dict:
+            self.probes.load_state_dict(state_dict["probes"], parameters[0].device)
+
+    @property
+    def probes(self) -> PairedProbes | None:
+        """What was given as `spread=PairedProbes()`."""
+        return None if self.metric_step is None else self.metric_step.probes
 
     def _stand(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Columns of the shared parameters, `(n,)`, and of the displacements, `(M, n)`; the module where it belongs."""

@@ -334,6 +334,7 @@ class ReplicaClosure:
         self._criterion = criterion
         self._samples = (*inputs, targets)
         self._before: Buffers = []
+        self._random_state: list[Tensor] = []
         self.samples_evaluated = 0
 
     @property
@@ -345,6 +346,11 @@ class ReplicaClosure:
     def samples(self) -> int:
         """Number of samples in the global batch."""
         return self._size
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._module
 
     def losses(self) -> list[Callable[[], Tensor]]:
         """Functions that return the loss of one replica's shard each, M of them, as the module stands."""
@@ -377,6 +383,39 @@ class ReplicaClosure:
         Raises:
             ValueError: if a tensor is no parameter of the module, its gradient is sparse, or `points` is not `(M, N)`.
         """
+        if data == "own":
+            self._before = snapshot(self._module)
+            self._random_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(one) for one in self._devices)]
+        return self._gradients(parameters, points, data)
+
+    def gradients_again(self, parameters: Sequence[Tensor], points: Tensor) -> Tensor:
+        """Gradients on own shards at other points, with the random numbers of the last evaluation of them.
+
+        They differ from the last ones by the points alone. Buffers and the random state stay as they are.
+
+        Args:
+            parameters: as for `gradients`.
+            points: `(M, N)`.
+
+        Returns:
+            `(M, N)`.
+        """
+        now, devices = snapshot(self._module), self._devices
+        try:
+            with torch.random.fork_rng(devices=devices):
+                torch.set_rng_state(self._random_state[0])
+                for device, state in zip(devices, self._random_state[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+                return self._gradients(parameters, points, "own").gradients
+        finally:
+            write_back(now)
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        """CUDA devices of the module, in an order of their own."""
+        return sorted({p.device for p in self._module.parameters() if p.device.type == "cuda"}, key=str)
+
+    def _gradients(self, parameters: Sequence[Tensor], points: Tensor, data: Data) -> ReplicaGradients:
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         if any(id(parameter) not in names for parameter in parameters):
             raise ValueError("every parameter of the optimizer must belong to the module of the closure")
@@ -389,8 +428,6 @@ class ReplicaClosure:
         }
         shards = tuple(rows.reshape(M, -1, *rows.shape[1:]) for rows in self._samples)
         self.samples_evaluated += self._size
-        if data == "own":
-            self._before = snapshot(self._module)
         return self._topology.evaluate(
             self._module, self._loss, stacked, shards if data == "own" else tuple(rows[0] for rows in shards), data=data
         )
