@@ -1,11 +1,10 @@
 """The placebo of `PairedProbes`: directions that know nothing of the curvature, at the same price."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from replica_newton import PairedProbes, TrackedSubspace
+from replica_newton.optim.paired_probes import Held
 
 
 class RandomSubspace(TrackedSubspace):
@@ -44,8 +43,8 @@ class RandomSubspace(TrackedSubspace):
 class RandomProbes(PairedProbes):
     """Probes along `RandomSubspace`; as many replicas as its rank at least."""
 
-    def _new_spaces(self, sizes: Sequence[int], device: torch.device) -> list[TrackedSubspace]:
+    def _new_spaces(self, held: Held) -> list[TrackedSubspace]:
         return [
-            RandomSubspace(self.rank, size, smoothing=self.smoothing, seed=self.seed + place, device=device)
-            for place, size in enumerate(sizes)
+            RandomSubspace(self.rank, size, smoothing=self.smoothing, seed=self.seed + place, device=held.device)
+            for place, size in enumerate(held.sizes)
         ]

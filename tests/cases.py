@@ -119,6 +119,7 @@ def train(
         "skipped": optimizer.skipped,
         "sent": dict(topology.elements_sent) if rank is not None else {},
         "state": state_size(optimizer),
+        "probes": None if optimizer.probes is None else optimizer.probes.eigenvalues,
     }
 
 

@@ -42,14 +42,14 @@ def dense_hessian(problem: Problem) -> Tensor:
     return torch.func.jacrev(gradient)(flat(values).detach())
 
 
-def scaling(optimizer: ReplicaNewton, power: float) -> Tensor:
+def scaling(optimizer: ReplicaNewton, power: float, least: float = 0.0) -> Tensor:
     """D^power of the metric, `(N, N)`."""
     step = optimizer.metric_step
     assert step is not None
     blocks = []
     for p in trained_of(optimizer):
         eye = torch.eye(p.numel(), dtype=p.dtype)
-        blocks.append(torch.stack([step.metric.scaled(optimizer.state[p], row, power) for row in eye]))
+        blocks.append(torch.stack([step.metric.scaled(optimizer.state[p], row, power, least) for row in eye]))
     return torch.block_diag(*blocks)
 
 
@@ -66,7 +66,7 @@ def test_the_eigenvalues_are_those_of_the_hessian_in_the_metric(metric: MetricNa
     probes = PairedProbes(every=1, rank=3, smoothing=0.5, relative_step=relative_step)
     optimizer = optimizer_of(problem, probes, lr=0.0, metric=metric)
     train(optimizer, problem, FIRST_STEP + 120)
-    contraction = scaling(optimizer, -0.5)
+    contraction = scaling(optimizer, -0.5, probes._least)
     expected = torch.linalg.eigvalsh(contraction @ dense_hessian(problem) @ contraction)
     expected = expected[expected.abs().argsort(descending=True)][:3]
     # Values of nearly equal size, of which one is negative, are hardly told apart: the largest are enough.
@@ -83,6 +83,7 @@ def test_the_powers_of_a_metric_are_those_of_one_matrix(metric: MetricName):
     torch.testing.assert_close(root @ inverse, eye, rtol=0.0, atol=1e-6)
     torch.testing.assert_close(root @ root, whole)
     torch.testing.assert_close(root, root.T)
+    torch.testing.assert_close(scaling(optimizer, 1.0, 1e3), 1e3 * eye)
     assert float(torch.linalg.eigvalsh(whole).min()) > 0.0
 
 
@@ -111,7 +112,7 @@ def test_the_step_is_newtons_along_the_pairs_and_the_metrics_elsewhere(blocks: s
     assert bool((ratio != 1.0).any())
     eye = torch.eye(X.shape[1], dtype=X.dtype)
     inside = eye + X.T @ torch.diag(ratio - 1.0) @ X
-    expected = scaling(optimizer, -0.5) @ inside @ scaling(optimizer, 0.5) @ flat(units)
+    expected = scaling(optimizer, -0.5, probes._least) @ inside @ scaling(optimizer, 0.5, probes._least) @ flat(units)
     torch.testing.assert_close(bent, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -240,10 +241,34 @@ def test_a_state_of_another_rank_is_refused_and_changes_nothing():
     for probes in (small, large):
         train(optimizer_of(problem, probes), problem, FIRST_STEP + 3)
     before = large.eigenvalues[0].clone()
-    with pytest.raises(ValueError, match=r"the state has \(order, N\) = \(2, 21\), the space \(4, 21\)"):
-        large.load_state_dict(small.state_dict(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the state is of PairedProbes\(rank=2\), got rank=4"):
+        large.load_state_dict(small.state_dict())
     assert torch.equal(large.eigenvalues[0], before)
     assert large.taken == 3
+
+
+def test_a_state_of_other_replicas_begins_anew(caplog: pytest.LogCaptureFixture):
+    problem = networks.mlp()
+    four = optimizer_of(problem, PairedProbes(every=1))
+    train(four, problem, FIRST_STEP + 5)
+    two = optimizer_of(problem, PairedProbes(every=1), M=2)
+    two.load_state_dict(copy.deepcopy(four.state_dict()))
+    train(two, problem, 1)
+    assert "what probes had learnt was of other blocks or replicas: they begin anew" in caplog.text
+    assert two.probes is not None
+    assert two.probes.taken == 6
+    assert len(two.probes.eigenvalues[0]) == 0
+    train(two, problem, 6)
+    assert len(two.probes.eigenvalues[0]) == 8
+
+
+@pytest.mark.parametrize("topology", [Simulated(2), None], ids=repr)
+def test_half_precision_is_refused(topology: Simulated | None):
+    module = nn.Linear(3, 1).to(torch.bfloat16)
+    optimizer = ReplicaNewton(module.parameters(), spread=PairedProbes(), topology=topology)
+    inputs, targets = torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"parameters must be fp32 or fp64 to be probed, got torch\.bfloat16"):
+        optimizer.step((topology or Simulated(1)).closure(module, mse_loss, inputs, targets))
 
 
 def test_a_probe_that_is_not_finite_is_dropped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import run_processes
 
+from replica_newton import PairedProbes
 from replica_newton.optim.metric import Metric
 from replica_newton.topology.buckets import Buckets
 from replica_newton.topology.dealing import deal
@@ -48,6 +49,56 @@ def test_a_step_sends_hardly_more_than_an_all_reduce(tmp_path: Path) -> None:
     assert all(one["gradients"] == (count - 1) * width and one["mean gradient"] <= width for one in sent)
     assert sum(one["parameters"] for one in sent) == (count - 1) * N
     assert all(one["inner products"] < 12 * count for one in sent)
+
+
+@pytest.mark.parametrize(
+    ("count", "probes", "options", "tolerance"),
+    [
+        # Directions without a gradient are known to rounding alone, that of fp32 where they are probed.
+        (2, {"blocks": "all"}, {"metric": "kronecker"}, 1e-2),
+        (3, {"blocks": "tensor"}, {"metric": "diagonal"}, 1e-5),
+        (4, {"relative_step": None}, {"metric": "identity", "maximize": True}, 1e-5),
+    ],
+    ids=["2-kronecker", "3-tensors", "4-exact"],
+)
+def test_probes_of_processes_are_those_of_one_process(
+    count: int, probes: dict, options: dict, tolerance: float, tmp_path: Path
+) -> None:
+    def spread() -> PairedProbes:
+        return PairedProbes(every=3, rank=3, **probes)
+
+    options = METRIC | options | {"steps": 45}
+    results = run_processes(tmp_path, count, cases.train, spread=spread(), **options)
+    alone = cases.train(None, count, batched=False, spread=spread(), **options)
+    cases.check_parity(results, alone, tolerance)
+    for result in results:
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert len(result["probes"]) == len(alone["probes"])
+        for ours, theirs in zip(result["probes"], alone["probes"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_probe_leaves_no_trace_in_any_process(tmp_path: Path) -> None:
+    buffers = []
+    for name, spread in (("none", None), ("probes", PairedProbes(every=2))):
+        (tmp_path / name).mkdir()
+        options = METRIC | {"lr": 0.0, "steps": 27, "normalised": True, "spread": spread}
+        buffers.append([result["buffers"] for result in run_processes(tmp_path / name, 2, cases.train, **options)])
+    for without, with_probes in zip(*buffers, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(without, with_probes, strict=True))
+
+
+def test_a_probe_sends_one_all_reduce_more(tmp_path: Path) -> None:
+    count, sent = 4, []
+    for steps in (21, 31):
+        (tmp_path / str(steps)).mkdir()
+        spread = PairedProbes(every=10, rank=count)
+        sent.append(run_processes(tmp_path / str(steps), count, cases.train, steps=steps, spread=spread, **METRIC))
+    more = [
+        {phase: long["sent"][phase] - short["sent"][phase] for phase in ("directions", "responses")}
+        for short, long in zip(*sent, strict=True)
+    ]
+    assert sum(sum(one.values()) for one in more) == 2 * (count - 1) * sum(SIZES)
 
 
 def test_a_loss_that_is_not_finite_moves_nothing_in_any_process(tmp_path: Path) -> None:

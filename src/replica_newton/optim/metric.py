@@ -128,20 +128,32 @@ class Metric:
             self._turn(state, G)
         return unit.reshape(shape)
 
-    def scaled(self, state: dict[str, Any], vector: Tensor, power: float) -> Tensor:
-        """`D^power x`, with D the root mean square of gradients, in their own unit, that `unit_step` divides by.
+    def divisor(self, state: dict[str, Any]) -> Tensor:
+        """D, the root mean square of gradients, in their own unit, that `unit_step` divides by.
+
+        Args:
+            state: of the parameter, after two steps at least.
+
+        Returns:
+            As a matrix, in the eigenbases.
+        """
+        V = state["second_moment"] / (1.0 - self.decay ** (state["step"] - 1))
+        return _floored((V.mean().expand_as(V) if self.name == "identity" else V).sqrt() * state["unit"])
+
+    def scaled(self, state: dict[str, Any], vector: Tensor, power: float, least: float) -> Tensor:
+        """`D^power x`, with D of `divisor`.
 
         Args:
             state: of the parameter, after two steps at least.
             vector: x, of as many elements as the parameter, flat.
             power: any.
+            least: elements of D are taken for no less.
 
         Returns:
             The product, flat.
         """
-        V = state["second_moment"] / (1.0 - self.decay ** (state["step"] - 1))
-        D = _floored((V.mean() if self.name == "identity" else V).sqrt() * state["unit"])
-        return _rotated(state, _rotated(state, vector.view(V.shape)) * D**power, back=True).flatten()
+        D = self.divisor(state).clamp_min(least)
+        return _rotated(state, _rotated(state, vector.view(D.shape)) * D**power, back=True).flatten()
 
     def _rotates(self, shape: Sequence[int]) -> bool:
         return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0

@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
-from replica_newton.monitor.probes import exact_products
-from replica_newton.optim.calls import Calls, flat
 from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import Evaluation, Report
-from replica_newton.optim.metric import Metric
 from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
-from replica_newton.optim.paired_probes import Blocks, PairedProbes
+from replica_newton.optim.probe_calls import ProbeCalls
 from replica_newton.topology import TreeReduction
-from replica_newton.topology.buckets import local
 from replica_newton.topology.dealing import Dealing, deal
+from replica_newton.topology.processes import LocalClosure
+from replica_newton.topology.random_state import RandomState
 from replica_newton.topology.simulated import Data, ReplicaClosure
 
 
-class MetricCalls(Calls):
+class MetricCalls(ProbeCalls):
     """Evaluations by the replicas, and the step that needs no more than their mean gradient; see `Calls`."""
 
     max_norm: float | None = None
@@ -30,24 +28,25 @@ class MetricCalls(Calls):
         self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
     ) -> None:
         """A step of the rule "metric", on the gradient of a closure or on what is in `.grad`."""
+        if metric_step.probes is not None and not isinstance(closure, ReplicaClosure | LocalClosure | None):
+            raise TypeError(
+                "spread=PairedProbes() needs a closure of topology.closure(module, criterion, inputs, targets)"
+            )
         if isinstance(self.topology, TreeReduction):
             self._take_metric_step_over(self.topology, metric_step, closure or given_gradients(parameters), parameters)
             return
+        if metric_step.probes is not None:
+            metric_step.probes.attach(self._held(metric_step.probes))
         gradients: list[Tensor | None]
         if isinstance(closure, ReplicaClosure):
             evaluation = self._evaluate(closure, parameters, self._displacements(parameters), "own")
             evaluation.report.settle()
             self._outcome = evaluation.report.losses.mean().to(parameters[0])
-            if metric_step.probes is not None:
-                self._probe(metric_step.metric, metric_step.probes, closure, parameters, evaluation.gradients)
+            self._probe(metric_step, closure, parameters, evaluation.gradients)
             pieces = torch.split(evaluation.mean, [p.numel() for p in parameters])
             gradients = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
         else:
             if closure is not None:
-                if metric_step.probes is not None:
-                    raise TypeError(
-                        "spread=PairedProbes() needs a closure of topology.closure(module, criterion, inputs, targets)"
-                    )
                 self._outcome = evaluated(closure)
             if any(p.grad is not None and p.grad.layout != torch.strided for p in parameters):
                 raise ValueError("sparse gradients are not supported")
@@ -60,43 +59,6 @@ class MetricCalls(Calls):
         self.topology.prepared(stepped=True)
         self._settled()
 
-    def _probe(
-        self,
-        metric: Metric,
-        probes: PairedProbes,
-        closure: ReplicaClosure,
-        parameters: list[Tensor],
-        gradients: Tensor,
-    ) -> None:
-        """Have the replicas answer one direction each, if it is time: all on the batch whose gradients are given."""
-        states = [self.state[p] for p in parameters]
-        if not probes.is_due(states[0].get("step", 0)) or any("second_moment" not in state for state in states):
-            return
-        directions = probes.directions(metric, states, self._block_sizes(probes.blocks), closure.replicas)
-        if probes.relative_step is None:
-            _, products = exact_products(closure.module, parameters, closure.losses(), directions)
-            products = self._signed(products, parameters)
-            closure.samples_evaluated += 2 * closure.samples
-        else:
-            shared = flat(parameters).to(gradients.dtype)
-            length = probes.relative_step * max(float(torch.linalg.vector_norm(shared)), 1.0)
-            scales = torch.linalg.vector_norm(directions, dim=1, keepdim=True) / length
-            displaced = closure.gradients_again(parameters, shared + directions / scales)
-            products = (self._signed(displaced.to(gradients.dtype), parameters) - gradients) * scales
-        probes.observe(metric, states, products)
-
-    def _block_sizes(self, blocks: Blocks) -> list[int]:
-        """Elements that are trained, of every block."""
-        groups = [[p.numel() for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        match blocks:
-            case "all":
-                sizes = [sum(map(sum, groups))]
-            case "group":
-                sizes = [sum(group) for group in groups]
-            case "tensor":
-                sizes = [size for group in groups for size in group]
-        return [size for size in sizes if size]
-
     def _take_metric_step_over(
         self, topology: TreeReduction, metric_step: MetricStep, closure: Callable[[], Tensor], parameters: list[Tensor]
     ) -> None:
@@ -106,8 +68,13 @@ class MetricCalls(Calls):
             topology.spread_from_first(parameters, "first parameters")
             self._together = True
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
+        random_state = RandomState(parameters)
         evaluation = self._evaluate(closure, parameters, nowhere, "own")
         dealing = self._dealing(topology, metric_step)
+        if metric_step.probes is not None:
+            evaluation.report.settle()
+            metric_step.probes.attach(self._held(metric_step.probes, dealing))
+            self._probe_over(metric_step, dealing, closure, parameters, random_state)
         rates, moved = self._rates(), []
         for place, gradient in zip(dealing.mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]
@@ -189,11 +156,6 @@ class MetricCalls(Calls):
         with_norm = self.max_norm is not None and data == "own"
         return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))
 
-    def _signed(self, gradients: Tensor, parameters: list[Tensor]) -> Tensor:
-        """Gradients of what is minimised, in place."""
-        signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
-        return gradients if set(signs) == {1.0} else gradients.mul_(self._by_element(parameters, signs))
-
     def _displacements(self, parameters: list[Tensor]) -> Tensor:
         """Rows d_m, `(M, N)`; zero as long as the replicas have not parted."""
         M = self.topology.replicas
@@ -205,17 +167,3 @@ class MetricCalls(Calls):
                 rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
             pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
         return torch.cat(pieces, dim=1).to(dtype)
-
-    def _by_element(self, parameters: list[Tensor], by_group: list[float]) -> Tensor | float:
-        """A number of every group: one for all, or for every column held here, `(n,)`, where groups differ."""
-        if len(set(by_group)) == 1:
-            return by_group[0]
-        elements = torch.cat(
-            [
-                torch.full((local(p).numel(),), value, dtype=working_dtype(*parameters), device=p.device)
-                for value, group in zip(by_group, self.param_groups, strict=True)
-                for p in group["params"]
-                if p.requires_grad
-            ]
-        )
-        return self.topology.part(elements)

@@ -10,7 +10,7 @@ from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.paired_probes import PairedProbes
 from replica_newton.optim.rate import DistanceRate
-from replica_newton.topology import Simulated, Topology, TreeReduction
+from replica_newton.topology import Topology, TreeReduction
 
 _AVERAGED = 8.0
 
@@ -148,8 +148,6 @@ def check_options(topology: Topology, **options: Any) -> None:
             "rule='paper'"
         )
     if isinstance(options["spread"], PairedProbes):
-        if not isinstance(topology, Simulated):
-            raise ValueError(f"spread=PairedProbes() needs replicas in one process, Simulated(M), got {topology!r}")
         options["spread"] = None
     for name, unset in {"spread": None, "secant_data": "own", "damping": 0.0, "max_norm": None}.items():
         if options[name] != unset:

@@ -1,14 +1,15 @@
 """PairedProbes: curvature for the metric's step, from gradients of one batch at two points."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from replica_newton.optim.metric import Metric
 from replica_newton.spread import TrackedSubspace
+from replica_newton.spread.tracked_subspace import Columns
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +17,29 @@ Blocks = Literal["all", "group", "tensor"]
 
 FIRST_STEP = 20
 """Before it there are no probes: the metric's averages have hardly begun."""
+_LEAST = 1e-4
 _KNOWN = 0.5
 """Uncertainty of an eigenvalue over its size, at most, for a pair to be stepped along."""
+
+
+class Held(NamedTuple):
+    """Blocks of parameters, and how much of each this process holds.
+
+    Attributes:
+        sizes: elements of every block, everywhere.
+        here: those that are held here.
+        columns: how processes share a block; None where all of it is here.
+        replicas: M.
+        total: sums a few fp64 numbers over the processes.
+        device: of the parameters.
+    """
+
+    sizes: list[int]
+    here: list[int]
+    columns: list[Columns | None]
+    replicas: int
+    total: Callable[[Tensor], Tensor]
+    device: torch.device
 
 
 class PairedProbes:
@@ -36,6 +58,8 @@ class PairedProbes:
 
     over the pairs whose uncertainty is at most half of |θ_i|: shorter where η is beyond what the curvature allows,
     longer, up to `growth` times, where it allows more. ρ is positive, so it descends wherever the metric's step does.
+    Elements of D are taken for no less than 1e-4 of their mean: directions without a gradient, such as a bias before
+    batch normalisation, would be all rounding.
 
     It costs a gradient every `every` steps and 2 · rank · N elements of state. On the tasks of docs/step_rules.md it
     wins nothing; it is there to be tried on others.
@@ -91,7 +115,16 @@ class PairedProbes:
         self.seed = seed
         self.taken = 0
         self._spaces: list[TrackedSubspace] = []
-        self._sizes: list[int] = []
+        self._held: Held | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._least = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {
+            "_held": None,
+            "_spaces": [],
+            "_loaded": self.state_dict() if self._spaces else self._loaded,
+        }
 
     def __repr__(self) -> str:
         return f"PairedProbes(every={self.every}, rank={self.rank}, blocks={self.blocks!r})"
@@ -112,38 +145,60 @@ class PairedProbes:
         """Of A, those of every block, fp64 on the CPU, by magnitude; empty before the first sweep."""
         return [space.eigenvalues for space in self._spaces]
 
-    def directions(self, metric: Metric, states: Sequence[dict[str, Any]], sizes: Sequence[int], count: int) -> Tensor:
+    def attach(self, held: "Held") -> None:
+        """Say what is held here, before every step; where it is not what it was, all begins anew.
+
+        Args:
+            held: the same blocks in all processes.
+        """
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._spaces = []
+            if not loaded["spaces"]:
+                pass
+            elif (loaded["sizes"], loaded["replicas"]) == (held.sizes, held.replicas):
+                self._spaces = self._new_spaces(held)
+                for space, state in zip(self._spaces, loaded["spaces"], strict=True):
+                    space.load_state_dict(state)
+            else:
+                logger.warning("what probes had learnt was of other blocks or replicas: they begin anew")
+        elif self._held is not None and (self._held.sizes, self._held.here) != (held.sizes, held.here):
+            self._spaces = []
+        self._held = held
+
+    def directions(self, metric: Metric, states: Sequence[dict[str, Any]], count: int) -> Tensor:
         """Directions in w to be probed, `D^-½ q̃`.
 
         Args:
             metric: of the step.
-            states: of the parameters, one after the other.
-            sizes: elements of every block; where they are others than before, all begins anew.
+            states: of the parameters held here, one after the other.
             count: how many directions.
 
         Returns:
-            `(count, N)`.
+            `(count, n)`, of the n elements held here.
         """
-        if list(sizes) != self._sizes:
-            self._sizes = list(sizes)
-            self._spaces = self._new_spaces(sizes, states[0]["second_moment"].device)
+        self._spaces = self._spaces or self._new_spaces(self._here)
+        sums = [metric.divisor(state).sum(dtype=torch.float64).cpu() for state in states]
+        mean = self._here.total(sum(sums, torch.zeros((), dtype=torch.float64))) / sum(self._here.sizes)
+        self._least = _LEAST * float(mean)
         rows = torch.cat([space.directions(count) for space in self._spaces], dim=1)
-        return _scaled(metric, states, self._signed(rows), -0.5)
+        return self._scaled(metric, states, self._signed(rows), -0.5)
 
     def observe(self, metric: Metric, states: Sequence[dict[str, Any]], products: Tensor) -> None:
         """Take in the Hessian's products with the directions that `directions` gave last.
 
         Args:
             metric: of the step.
-            states: of the parameters.
-            products: `(count, N)`; where one is not finite, the probe is dropped, with a line in the log.
+            states: of the parameters held here.
+            products: `(count, n)`; where one is not finite anywhere, the probe is dropped, with a line in the log.
         """
-        rows = self._signed(_scaled(metric, states, products, -0.5))
-        if bool(rows.isfinite().all()):
-            for space, columns in zip(self._spaces, torch.split(rows, self._sizes, dim=1), strict=True):
-                space.observe(columns)
-        else:
+        rows = self._signed(self._scaled(metric, states, products, -0.5))
+        wrong = self._here.total((~rows.isfinite()).sum().double().cpu())
+        if bool(wrong):
             logger.warning("probe %d is dropped: a gradient beside the parameters is not finite", self.taken)
+        else:
+            for space, columns in zip(self._spaces, torch.split(rows, self._here.here, dim=1), strict=True):
+                space.observe(columns)
         self.taken += 1
 
     def bent(
@@ -153,67 +208,93 @@ class PairedProbes:
 
         Args:
             metric: of the step.
-            states: of the parameters.
-            units: U, of every parameter.
+            states: of the parameters held here.
+            units: U, of every one.
             rate: η > 0.
 
         Returns:
             The step; the metric's as long as nothing is known, or of other parameters than was probed.
         """
         known = any(len(space.eigenvalues) for space in self._spaces)
-        if not known or sum(self._sizes) != sum(unit.numel() for unit in units):
+        if not known or sum(self._here.here) != sum(unit.numel() for unit in units):
             return units
-        flat = _scaled(metric, states, torch.cat([unit.flatten() for unit in units])[None], 0.5)[0]
-        changes = []
-        for space, step in zip(self._spaces, torch.split(flat, self._sizes), strict=True):
-            vectors, sizes = space.eigenvectors, space.eigenvalues.abs()
-            ratios = (1.0 / (sizes * rate)).clamp_max(self.growth)
-            ratios[space.uncertainties > _KNOWN * sizes] = 1.0
-            along = vectors @ step.to(vectors)
-            changes.append(((ratios - 1.0).to(along) * along) @ vectors)
-        change = _scaled(metric, states, torch.cat(changes)[None], -0.5)[0]
-        pieces = torch.split(change, [unit.numel() for unit in units])
-        return [unit + piece.view_as(unit) for unit, piece in zip(units, pieces, strict=True)]
+        vectors = [space.eigenvectors for space in self._spaces]
+        flat = torch.cat([vectors[0].new_empty(0), *(unit.flatten() for unit in units)])
+        steps = torch.split(self._scaled(metric, states, flat[None], 0.5)[0].to(vectors[0]), self._here.here)
+        along = torch.cat([rows @ step for rows, step in zip(vectors, steps, strict=True)])
+        ratios = torch.cat([self._ratios(space, rate) for space in self._spaces])
+        weights = ((ratios - 1.0) * self._here.total(along.double().cpu())).to(along)
+        pieces = torch.split(weights, [len(rows) for rows in vectors])
+        changes = torch.cat([piece @ rows for piece, rows in zip(pieces, vectors, strict=True)])
+        change = torch.split(self._scaled(metric, states, changes[None], -0.5)[0], [unit.numel() for unit in units])
+        return [unit + piece.view_as(unit) for unit, piece in zip(units, change, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been learnt: tensors and numbers."""
-        return {"taken": self.taken, "sizes": self._sizes, "spaces": [space.state_dict() for space in self._spaces]}
+        """What has been learnt, as far as it is held here: tensors and numbers."""
+        held = self._held
+        return {
+            "taken": self.taken,
+            "least": self._least,
+            "rank": self.rank,
+            "sizes": [] if held is None else held.sizes,
+            "replicas": 0 if held is None else held.replicas,
+            "spaces": [space.state_dict() for space in self._spaces],
+        }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over what was learnt with the same blocks and rank.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learnt, at the next step; nothing, if blocks or replicas are others by then.
 
         Args:
             state: what `state_dict()` returned.
-            device: of the parameters.
 
         Raises:
             ValueError: if the rank differs.
         """
-        spaces = self._new_spaces(state["sizes"] if state["spaces"] else [], device)
-        for space, saved in zip(spaces, state["spaces"], strict=True):
-            space.load_state_dict(saved)
-        self._spaces, self._sizes, self.taken = spaces, list(state["sizes"]), state["taken"]
+        if state["rank"] != self.rank:
+            raise ValueError(f"the state is of PairedProbes(rank={state['rank']}), got rank={self.rank}")
+        self._loaded, self.taken, self._least = state, state["taken"], state["least"]
 
-    def _new_spaces(self, sizes: Sequence[int], device: torch.device) -> list[TrackedSubspace]:
+    @property
+    def _here(self) -> "Held":
+        if self._held is None:
+            raise RuntimeError("attach comes before every other call")
+        return self._held
+
+    def _new_spaces(self, held: "Held") -> list[TrackedSubspace]:
         return [
-            TrackedSubspace(min(self.rank, size), size, smoothing=self.smoothing, seed=self.seed + place, device=device)
-            for place, size in enumerate(sizes)
+            TrackedSubspace(
+                min(self.rank, size),
+                size,
+                smoothing=self.smoothing,
+                seed=self.seed + place,
+                device=held.device,
+                columns=columns,
+            )
+            for place, (size, columns) in enumerate(zip(held.sizes, held.columns, strict=True))
         ]
+
+    def _ratios(self, space: TrackedSubspace, rate: float) -> Tensor:
+        """ρ of every pair; 1 where it is not known."""
+        sizes = space.eigenvalues.abs()
+        ratios = (1.0 / (sizes * rate)).clamp_max(self.growth)
+        return torch.where(space.uncertainties > _KNOWN * sizes, 1.0, ratios)
 
     def _signed(self, rows: Tensor) -> Tensor:
         """Rows with signs drawn for every block and row: so what blocks do to each other is without bias."""
-        if len(self._sizes) == 1:
+        here = self._here.here
+        if len(here) == 1:
             return rows
         generator = torch.Generator().manual_seed(self.taken)
-        signs = 1.0 - 2.0 * torch.randint(2, (len(rows), len(self._sizes)), generator=generator)
-        return rows * signs.repeat_interleave(torch.tensor(self._sizes), dim=1).to(rows)
+        signs = 1.0 - 2.0 * torch.randint(2, (len(rows), len(here)), generator=generator)
+        return rows * signs.repeat_interleave(torch.tensor(here), dim=1).to(rows)
 
-
-def _scaled(metric: Metric, states: Sequence[dict[str, Any]], rows: Tensor, power: float) -> Tensor:
-    """Rows times a power of D, all parameters one after the other."""
-    pieces = torch.split(rows, [state["second_moment"].numel() for state in states], dim=1)
-    scaled = [
-        torch.stack([metric.scaled(state, row, power) for row in piece.to(state["second_moment"])])
-        for state, piece in zip(states, pieces, strict=True)
-    ]
-    return torch.cat(scaled, dim=1)
+    def _scaled(self, metric: Metric, states: Sequence[dict[str, Any]], rows: Tensor, power: float) -> Tensor:
+        """Rows times a power of D, all parameters one after the other."""
+        if not states:
+            return rows
+        pieces = torch.split(rows, [state["second_moment"].numel() for state in states], dim=1)
+        scaled = [
+            torch.stack([metric.scaled(state, row, power, self._least) for row in piece.to(state["second_moment"])])
+            for state, piece in zip(states, pieces, strict=True)
+        ]
+        return torch.cat(scaled, dim=1)

@@ -94,6 +94,11 @@ class DistanceRate:
         self._last = before
 
     @property
+    def steps(self) -> int:
+        """How many steps have been taken."""
+        return self._steps
+
+    @property
     def _straight(self) -> bool:
         """Whether slopes hardly fall along steps, and are more than noise."""
         return self._kept > 0.0 and self._before > _SIGNIFICANT * self._square**0.5

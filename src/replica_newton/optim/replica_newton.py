@@ -272,7 +272,7 @@ class ReplicaNewton(MetricCalls):
         if self.metric_step is not None and "rate" in state_dict:
             self.metric_step.rate.load_state_dict(state_dict["rate"])
         if self.probes is not None and "probes" in state_dict:
-            self.probes.load_state_dict(state_dict["probes"], parameters[0].device)
+            self.probes.load_state_dict(state_dict["probes"])
 
     @property
     def probes(self) -> PairedProbes | None:

@@ -1,6 +1,6 @@
 """Whole parameters dealt out to processes: for work on them that cannot be shared by columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,6 +44,11 @@ class Dealing:
         mean gradient  columns, n               → parameters dealt        at most N/M
         parameters     of a process's hand      → all processes           (M−1) times its hand, N (M−1)/M on average
 
+    and a probe, of which every process has one row of directions and one of responses,
+
+        directions     in a process's hand      → row m, N elements       (M−1) times its hand, N (M−1)/M on average
+        responses      row m, N elements        → in a process's hand     all but its own hand, N (M−1)/M on average
+
     Args:
         collectives: of the processes, all of which hold columns.
         buckets: which columns.
@@ -57,7 +62,7 @@ class Dealing:
     @cached_property
     def mine(self) -> list[int]:
         """Places of the parameters in this process's hands."""
-        return [place for place, rank in enumerate(self.hands) if rank == self.collectives.rank]
+        return self._places[self.collectives.rank]
 
     def collect(self, columns: Tensor) -> list[Tensor]:
         """Bring the elements of a vector together where their parameters are dealt to.
@@ -84,20 +89,60 @@ class Dealing:
         Args:
             parameters: all of them.
         """
-        everyone = range(self.collectives.size)
-        places = [[place for place, rank in enumerate(self.hands) if rank == by] for by in everyone]
-        sizes = [sum(self.buckets.sizes[place] for place in of) for of in places]
         own = [local(parameters[place]).reshape(-1).to(self.buckets.dtype) for place in self.mine]
         mine = torch.cat([torch.empty(0, dtype=self.buckets.dtype, device=local(parameters[0]).device), *own])
-        outgoing = [len(mine)] * len(everyone)
-        received = self.collectives.start_all_to_all(mine.repeat(len(everyone)), outgoing, sizes, "parameters")()
-        for by, values in zip(everyone, torch.split(received, sizes), strict=True):
-            if by == self.collectives.rank:
-                continue
-            pieces = torch.split(values, [self.buckets.sizes[place] for place in places[by]])
-            for place, piece in zip(places[by], pieces, strict=True):
+        for place, piece in self._from_all(mine.expand(self.collectives.size, -1), "parameters"):
+            if self.hands[place] != self.collectives.rank:
                 parameter = local(parameters[place])
                 parameter.copy_(piece.reshape(parameter.shape))
+
+    def row(self, dealt: Tensor) -> Tensor:
+        """This process's row, from the elements of all rows that every process has in its hands.
+
+        Args:
+            dealt: `(M, k)`, of the k elements of `mine`, one row a process.
+
+        Returns:
+            `(N,)`, in the order of the parameters.
+        """
+        row = dealt.new_empty(self.buckets.size)
+        pieces = torch.split(row, list(self.buckets.sizes))
+        for place, piece in self._from_all(dealt, "directions"):
+            pieces[place].copy_(piece)
+        return row
+
+    def elements(self, row: Tensor) -> Tensor:
+        """The elements of all rows that this process has in its hands, from the rows of all processes.
+
+        Args:
+            row: `(N,)`, this process's.
+
+        Returns:
+            `(M, k)`, of the elements of `mine`.
+        """
+        everyone, pieces = range(self.collectives.size), torch.split(row, list(self.buckets.sizes))
+        sent = torch.cat([row[:0], *(pieces[place] for by in everyone for place in self._places[by])])
+        outgoing, mine = [self._count(by) for by in everyone], self._count(self.collectives.rank)
+        received = self.collectives.start_all_to_all(sent, outgoing, [mine] * len(everyone), "responses")()
+        return received.view(len(everyone), mine)
+
+    def _from_all(self, dealt: Tensor, phase: str) -> Iterator[tuple[int, Tensor]]:
+        """Send everyone its row of what is in these hands, `(M, k)`; every parameter's place and what came for it."""
+        everyone = range(self.collectives.size)
+        outgoing, incoming = [dealt.shape[1]] * len(everyone), [self._count(by) for by in everyone]
+        received = self.collectives.start_all_to_all(dealt.reshape(-1), outgoing, incoming, phase)()
+        order = [place for by in everyone for place in self._places[by]]
+        yield from zip(order, torch.split(received, [self.buckets.sizes[place] for place in order]), strict=True)
+
+    def _count(self, by: int) -> int:
+        """Elements in somebody's hands."""
+        return sum(self.buckets.sizes[place] for place in self._places[by])
+
+    @cached_property
+    def _places(self) -> list[list[int]]:
+        """Of the parameters in everybody's hands."""
+        ranks = range(self.collectives.size)
+        return [[place for place, rank in enumerate(self.hands) if rank == by] for by in ranks]
 
     @cached_property
     def _routes(self) -> tuple[list[list[Piece]], list[list[Piece]]]:

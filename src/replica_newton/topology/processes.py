@@ -443,12 +443,17 @@ class LocalClosure:
         """Number of samples in the global batch."""
         return self.replicas * len(self._samples[-1])
 
+    @property
+    def module(self) -> nn.Module:
+        """The model; of one in `DistributedDataParallel`, the one inside."""
+        return self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
+
     def losses(self) -> list[Callable[[], Tensor]]:
         """A function that returns the loss of this replica's shard, as the module stands."""
 
         def loss() -> Tensor:
             *inputs, targets = self._samples
-            return self._criterion(self._module(*inputs), targets)
+            return self._criterion(self.module(*inputs), targets)
 
         return [loss]
 

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from replica_newton.topology.buckets import write
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.members import LastingMembers
+from replica_newton.topology.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +335,7 @@ class ReplicaClosure:
         self._criterion = criterion
         self._samples = (*inputs, targets)
         self._before: Buffers = []
-        self._random_state: list[Tensor] = []
+        self._random_state = RandomState(())
         self.samples_evaluated = 0
 
     @property
@@ -385,7 +386,7 @@ class ReplicaClosure:
         """
         if data == "own":
             self._before = snapshot(self._module)
-            self._random_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(one) for one in self._devices)]
+            self._random_state = RandomState(parameters)
         return self._gradients(parameters, points, data)
 
     def gradients_again(self, parameters: Sequence[Tensor], points: Tensor) -> Tensor:
@@ -400,20 +401,12 @@ class ReplicaClosure:
         Returns:
             `(M, N)`.
         """
-        now, devices = snapshot(self._module), self._devices
+        now = snapshot(self._module)
         try:
-            with torch.random.fork_rng(devices=devices):
-                torch.set_rng_state(self._random_state[0])
-                for device, state in zip(devices, self._random_state[1:], strict=True):
-                    torch.cuda.set_rng_state(state, device)
+            with self._random_state.again():
                 return self._gradients(parameters, points, "own").gradients
         finally:
             write_back(now)
-
-    @property
-    def _devices(self) -> list[torch.device]:
-        """CUDA devices of the module, in an order of their own."""
-        return sorted({p.device for p in self._module.parameters() if p.device.type == "cuda"}, key=str)
 
     def _gradients(self, parameters: Sequence[Tensor], points: Tensor, data: Data) -> ReplicaGradients:
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
