@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton import (
+    PairedProbes,
     ParameterServer,
     ReplicaNewton,
     Simulated,
@@ -36,11 +37,13 @@ def run(
     seed: int = 0,
     normalised: bool = False,
     dropout: bool = False,
+    probes: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train through some steps, from a checkpoint or not, and save one after a step or not."""
     module = cases.network(torch.float64, normalised=normalised, seed=seed)
-    optimizer = ReplicaNewton(module.parameters(), **({"lr": RATE, "rule": "paper"} | options), topology=topology)
+    options = {"lr": RATE, "rule": "paper"} | options | ({} if probes is None else {"spread": PairedProbes(**probes)})
+    optimizer = ReplicaNewton(module.parameters(), **options, topology=topology)
     torch.manual_seed(100 + topology.position)  # dropout differs by process
     found = load_checkpoint(folder, module, optimizer) if load else None
     loaded = vector(module)
@@ -74,11 +77,13 @@ def processes(rank: int, count: int, *, servers: int = 0) -> Any:
     return ParameterServer(servers) if servers else TreeReduction()
 
 
-def saved_and_resumed(rank: int, count: int, *, folder: Path, servers: int, **options: Any) -> list[dict[str, Any]]:
-    """Ten steps without a stop, with a checkpoint after the fifth, and from that checkpoint."""
+def saved_and_resumed(
+    rank: int, count: int, *, folder: Path, servers: int, half: int, **options: Any
+) -> list[dict[str, Any]]:
+    """Steps without a stop, with a checkpoint after half of them, and from that checkpoint."""
     topology = processes(rank, count, servers=servers)
-    ends = []
-    for kind in ({"steps": range(10)}, {"steps": range(10), "save_at": 5}, {"steps": range(5, 10), "load": True}):
+    whole, ends = range(2 * half), []
+    for kind in ({"steps": whole}, {"steps": whole, "save_at": half}, {"steps": whole[half:], "load": True}):
         ends.append(run(topology, folder, normalised=True, dropout=True, seed=len(ends) // 2, **kind, **options))
     return ends
 

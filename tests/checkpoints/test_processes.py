@@ -19,24 +19,26 @@ METRIC = {"rule": "metric", "lr": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("count", "servers", "options"), [(3, 0, {}), (4, 2, {}), (2, 0, METRIC)], ids=["tree", "servers", "metric"]
+    ("count", "servers", "half", "options"),
+    [(3, 0, 5, {}), (4, 2, 5, {}), (2, 0, 5, METRIC), (2, 0, 28, METRIC | {"probes": {"every": 3}})],
+    ids=["tree", "servers", "metric", "probes"],
 )
 def test_a_run_goes_on_at_the_same_bits_and_saving_changes_none(
-    count: int, servers: int, options: dict, tmp_path: Path
+    count: int, servers: int, half: int, options: dict, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoints"
     results = run_processes(
-        fresh(tmp_path, "run"), count, cases.saved_and_resumed, folder=folder, servers=servers, **options
+        fresh(tmp_path, "run"), count, cases.saved_and_resumed, folder=folder, servers=servers, half=half, **options
     )
     for rank, (whole, saved, resumed) in enumerate(results):
-        assert resumed["found"].step == 5
+        assert resumed["found"].step == half
         assert resumed["found"].parted
         if rank < servers:
             assert resumed["found"].extra == "server"
             continue
-        assert resumed["found"].extra == {"replica": rank - servers, "next": 5}
+        assert resumed["found"].extra == {"replica": rank - servers, "next": half}
         assert torch.equal(resumed["loaded"], saved["saved"])
-        assert whole["losses"][:5] + resumed["losses"] == whole["losses"] == saved["losses"]
+        assert whole["losses"][:half] + resumed["losses"] == whole["losses"] == saved["losses"]
         for end in (saved, resumed):
             assert torch.equal(end["parameters"], whole["parameters"])
             assert all(torch.equal(a, b) for a, b in zip(end["buffers"], whole["buffers"], strict=True))
@@ -101,3 +103,13 @@ def test_what_the_metric_keeps_goes_on_by_other_processes(tmp_path: Path) -> Non
     whole = cases.run(Simulated(1), **(options | {"steps": range(10)}))
     for end in (*ends, cases.run(Simulated(1), **resumed)):
         torch.testing.assert_close(end["parameters"], whole["parameters"], rtol=1e-9, atol=1e-9)
+
+
+def test_probes_begin_anew_by_other_processes(tmp_path: Path) -> None:
+    options = METRIC | {"folder": tmp_path / "checkpoints", "probes": {"every": 2}}
+    run_processes(fresh(tmp_path, "3"), 3, cases.part_of_a_run, steps=range(26), save_at=26, **options)
+    resumed = options | {"steps": range(26, 36), "load": True, "seed": 1}
+    ends = run_processes(fresh(tmp_path, "2"), 2, cases.part_of_a_run, **resumed)
+    for end in (*ends, cases.run(Simulated(1), **resumed)):
+        assert end["found"].step == 26
+        assert bool(end["parameters"].isfinite().all())

@@ -134,7 +134,8 @@ def _of_any_topology(saved: Saved) -> dict[str, Any]:
         for index, one in process_state["state"].items():
             rest = {name: value for name, value in one.items() if name not in {"displacements", "shared", "buckets"}}
             kept.setdefault(index, {}).update(rest)
-    return state | {"state": kept}
+    # What probes have learnt is in pieces by process; it is soon learnt again.
+    return {name: one for name, one in state.items() if name != "probes"} | {"state": kept}
 
 
 def _require_loadable(extra: Any) -> None:
