@@ -72,9 +72,8 @@ class MetricCalls(ProbeCalls):
         evaluation = self._evaluate(closure, parameters, nowhere, "own")
         dealing = self._dealing(topology, metric_step)
         if metric_step.probes is not None:
-            evaluation.report.settle()
             metric_step.probes.attach(self._held(metric_step.probes, dealing))
-            self._probe_over(metric_step, dealing, closure, parameters, random_state)
+            self._probe_over(metric_step, dealing, closure, parameters, random_state, evaluation.report.total)
         rates, moved = self._rates(), []
         for place, gradient in zip(dealing.mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]

@@ -49,7 +49,7 @@ class ProbeCalls(Calls):
         self, metric_step: MetricStep, closure: ReplicaClosure, parameters: list[Tensor], gradients: Tensor
     ) -> None:
         """Have the replicas answer one direction each: all on the batch whose gradients are given."""
-        metric, probes = metric_step.metric, self._due_probes(metric_step, parameters)
+        metric, probes = metric_step.metric, self._due_probes(metric_step, parameters, self.topology.total)
         if probes is None:
             return
         states = [self.state[p] for p in parameters]
@@ -73,10 +73,11 @@ class ProbeCalls(Calls):
         closure: Callable[[], Tensor],
         parameters: list[Tensor],
         random_state: RandomState,
+        total: Callable[[Tensor], Tensor],
     ) -> None:
         """The same over processes, each with the gradient of its own shard in `.grad`."""
         mine = [parameters[place] for place in dealing.mine]
-        metric, probes = metric_step.metric, self._due_probes(metric_step, mine)
+        metric, probes = metric_step.metric, self._due_probes(metric_step, mine, total)
         if probes is None or not isinstance(closure, LocalClosure):
             return
         states = [self.state[p] for p in mine]
@@ -92,13 +93,15 @@ class ProbeCalls(Calls):
                 closure.samples_evaluated += closure.samples
         probes.observe(metric, states, dealing.elements(self._signed_row(products[0], parameters)))
 
-    def _due_probes(self, metric_step: MetricStep, held: list[Tensor]) -> PairedProbes | None:
-        """The probes, if one is to be taken now; the same in all processes."""
+    def _due_probes(
+        self, metric_step: MetricStep, held: list[Tensor], total: Callable[[Tensor], Tensor]
+    ) -> PairedProbes | None:
+        """The probes, if one is to be taken now; the same in all processes, whose gradients are finite."""
         probes = metric_step.probes
         if probes is None or not probes.is_due(metric_step.rate.steps):
             return None
         begun = sum("second_moment" not in self.state[p] for p in held)
-        return probes if not float(self.topology.total(torch.tensor([begun], dtype=torch.float64))) else None
+        return probes if not float(total(torch.tensor([begun], dtype=torch.float64))) else None
 
     def _held(self, probes: PairedProbes, dealing: Dealing | None = None) -> Held:
         """How much of what is trained is here, by block."""
