@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--seeds", type=int, default=8, help="runs (default 8)")
     parser.add_argument(
-        "--first-seed", type=int, default=9, help="the first (default 9: with 0 to 8 the smoothing was chosen)"
+        "--first-seed", type=int, default=9, help="the first (default 9: with 0 to 3 the smoothing was chosen)"
     )
     parser.add_argument(
         "--keep", type=Path, help="folder where runs and truths are kept, and taken from if they are there"

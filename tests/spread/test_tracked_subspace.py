@@ -293,6 +293,14 @@ def test_the_state_of_another_shape_is_refused(shape: tuple[int, int]):
     assert_equal_states(space.state_dict(), before)
 
 
+def test_the_state_of_another_version_is_refused_in_a_sentence():
+    space = TrackedSubspace(3, 9)
+    state = space.state_dict()
+    del state["averaged"], state["mixture"]
+    with pytest.raises(ValueError, match="the state lacks averaged, mixture: it is of another version"):
+        space.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

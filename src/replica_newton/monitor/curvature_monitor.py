@@ -84,7 +84,7 @@ class CurvatureMonitor:
         optimizer: Optimizer | None = None,
         rank: int = 8,
         every: int = 10,
-        smoothing: float = 0.2,
+        smoothing: float = 0.25,
         topology: Simulated | TreeReduction | None = None,
         relative_step: float | None = None,
         reuse_gradient: bool = False,

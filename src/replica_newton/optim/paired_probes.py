@@ -61,8 +61,9 @@ class PairedProbes:
     Elements of D are taken for no less than 1e-4 of their mean: directions without a gradient, such as a bias before
     batch normalisation, would be all rounding.
 
-    It costs a gradient every `every` steps and 2 · rank · N elements of state. On the tasks of docs/step_rules.md it
-    wins nothing; it is there to be tried on others.
+    It costs a gradient every `every` steps and 2 · rank · N elements of state, shared over processes like the
+    parameters. On the tasks of docs/step_rules.md it wins nothing over the metrics alone; on stiff problems with all of
+    their data it can, in all but the Kronecker metric.
 
     Args:
         every: steps from one probe to the next, >= 1; the first is taken after 20.

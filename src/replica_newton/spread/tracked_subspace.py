@@ -12,7 +12,7 @@ from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 _ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
 """Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
 
-_MIDDLE = torch.tensor([1.0, 0.5], dtype=torch.float64)
+_CORRECTED = torch.tensor([1.0, 0.25], dtype=torch.float64)
 """Eigenvalue from a Ritz value and its correction."""
 
 
@@ -58,9 +58,11 @@ class TrackedSubspace:
     `b = Σ_j (y_jᵀ E y)²/(λ − λ_j)` for an eigenvector y among others y_j. The innovation shows by how much: the probe's
     noise is new to the Ritz vector x, so its mean along x, `c = Σ_q (xᵀq) xᵀ(H q − A q)/Σ_q (xᵀq)²`, tells the
     curvature along x from the Ritz value θ. That curvature is too small, for x is no eigenvector, and to second order
-    by the same b. So the eigenvalue is taken in the middle, `θ + c/2`, with c smoothed as the responses are; were it
+    by the same b: from noise alone the eigenvalue would be `θ + c/2`. Where H changes, x is no eigenvector either, and
+    c is negative though θ is too small, if anything, being that of an average of matrices whose vectors differ. The two
+    are not told apart, so the eigenvalue is taken half-way, `θ + c/4`, with c smoothed as the responses are. Were it
     anywhere between θ and θ + c alike, its variance would be c²/12, which is added. For exact responses of one H, c is
-    zero. What H has changed by since the probes is in c, too: it has the middle lag behind.
+    zero.
 
     Args:
         order: number of directions, in 1 … N.
@@ -170,7 +172,7 @@ class TrackedSubspace:
     @property
     def eigenvalues(self) -> Tensor:
         """`(order,)` fp64 on the CPU, signed, Ritz values by magnitude, then corrected; empty in the first sweep."""
-        return (self._values + self._corrections / 2)[: self.order if self.sweeps else 0]
+        return (_CORRECTED[0] * self._values + _CORRECTED[1] * self._corrections)[: self.order if self.sweeps else 0]
 
     @property
     def eigenvectors(self) -> Tensor:
@@ -200,7 +202,7 @@ class TrackedSubspace:
     @property
     def uncertainties(self) -> Tensor:
         """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a third probe; see above."""
-        left = float(_MIDDLE @ self._averaged @ _MIDDLE)
+        left = float(_CORRECTED @ self._averaged @ _CORRECTED)
         variances = left / (1.0 + self._averaged[0, 0]) * self._variances + self._corrections.square() / 12
         return variances.sqrt()[: self.order if self.sweeps else 0]
 
@@ -258,8 +260,11 @@ class TrackedSubspace:
             state: what `state_dict()` returned.
 
         Raises:
-            ValueError: if order or size differ.
+            ValueError: if order or size differ, or something is missing.
         """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(missing)}: it is of another version")
         shape = tuple(state["vectors"].shape)
         if shape != tuple(self._vectors.shape):
             raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._vectors.shape)}")
