@@ -52,7 +52,9 @@ class TrackedSubspace:
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
     of a response and of what it is compared with; the variance of the eigenvalue is the fraction of it that the
-    smoothing leaves. Where it does not only scatter, it is larger: a cautious estimate.
+    smoothing leaves. What the q agree on is no noise of theirs: the sum `Σ_q (xᵀq) xᵀ(H q − A q)`, less c below, squares
+    to more than noise explains where H has changed since. An eigenvalue that follows with weight w of the newest probe
+    misses (1 − w)² of that variance, which is added.
 
     Ritz values of a noisy matrix are too large, as its vectors turn to where the noise E adds: to second order by
     `b = Σ_j (y_jᵀ E y)²/(λ − λ_j)` for an eigenvector y among others y_j. The innovation shows by how much: the probe's
@@ -113,6 +115,7 @@ class TrackedSubspace:
         self._values = torch.zeros(order, dtype=torch.float64)
         self._corrections = torch.zeros(order, dtype=torch.float64)
         self._variances = torch.full((order,), torch.inf, dtype=torch.float64)
+        self._changes = torch.zeros(order, dtype=torch.float64)
         self._averaged = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 
     def directions(self, count: int) -> Tensor:
@@ -204,6 +207,8 @@ class TrackedSubspace:
         """Standard error of every eigenvalue, `(order,)` fp64 on the CPU; inf until a third probe; see above."""
         left = float(_CORRECTED @ self._averaged @ _CORRECTED)
         variances = left / (1.0 + self._averaged[0, 0]) * self._variances + self._corrections.square() / 12
+        newest = self.smoothing * float(_CORRECTED.sum())
+        variances += (1.0 - newest) ** 2 * self._changes.clamp_min(0.0)
         return variances.sqrt()[: self.order if self.sweeps else 0]
 
     def hvp(self, z: Tensor, *, bulk: float = 0.0) -> Tensor:
@@ -250,7 +255,7 @@ class TrackedSubspace:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
         names = ["order", "smoothing", "sweeps", "_next", "_over", "_mixture", "_vectors", "_responses", "_values"]
-        names += ["_variances", "_corrections", "_averaged"]
+        names += ["_variances", "_corrections", "_changes", "_averaged"]
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,7 +278,7 @@ class TrackedSubspace:
         self._recipe = None
         for name in ("vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
-        for name in ("mixture", "values", "variances", "corrections", "averaged"):
+        for name in ("mixture", "values", "variances", "corrections", "changes", "averaged"):
             setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
 
     def _next_probe(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -331,6 +336,9 @@ class TrackedSubspace:
             variances = along.square().sum(dim=1) / seen.clamp_min(torch.finfo(torch.float64).tiny)
             known = torch.isfinite(self._variances)
             self._variances = torch.where(known, torch.lerp(self._variances, variances, self.smoothing), variances)
+            expected = (1.0 + self._averaged.sum()) / (1.0 + self._averaged[0, 0]) * variances
+            changes = excess.square() / seen.clamp_min(torch.finfo(torch.float64).tiny) - expected
+            self._changes = torch.where(known, torch.lerp(self._changes, changes, self.smoothing), changes)
         # Of one noise e of variance 1: θ ← θ + s (e − θ), c ← c + s (e − θ − c).
         s = self.smoothing
         passed_on = torch.tensor([[1.0 - s, 0.0], [-s, 1.0 - s]], dtype=torch.float64)
@@ -343,6 +351,7 @@ class TrackedSubspace:
         shares /= shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         self._corrections = shares @ self._corrections
         self._variances = shares @ self._variances
+        self._changes = shares @ self._changes
 
     def _turned_basis(self) -> Tensor:
         """An orthonormal basis of the responses, for the next sweep."""
