@@ -14,7 +14,7 @@ batch.
 Writes `monitor_accuracy.json`, `.png` and `.svg`; errors are medians over all compared points of all runs, and coverage
 is the share of exact eigenvalues, of the top five, in the monitor's 90 % intervals `θ ± 1.645 · uncertainty`.
 
-    python benchmarks/monitor_accuracy.py --data mnist.npz --keep runs     # forty minutes, ten with the runs kept
+    python benchmarks/monitor_accuracy.py --data mnist.npz --keep runs     # an hour, ten minutes with the runs kept
 """
 
 import argparse

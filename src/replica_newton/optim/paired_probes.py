@@ -18,6 +18,7 @@ Blocks = Literal["all", "group", "tensor"]
 FIRST_STEP = 20
 """Before it there are no probes: the metric's averages have hardly begun."""
 _LEAST = 1e-4
+"""Elements of D over their mean, at least."""
 _KNOWN = 0.5
 """Uncertainty of an eigenvalue over its size, at most, for a pair to be stepped along."""
 

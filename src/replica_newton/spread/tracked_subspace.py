@@ -52,9 +52,9 @@ class TrackedSubspace:
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
     of a response and of what it is compared with; the variance of the eigenvalue is the fraction of it that the
-    smoothing leaves. What the q agree on is no noise of theirs: the sum `Σ_q (xᵀq) xᵀ(H q − A q)`, less c below, squares
-    to more than noise explains where H has changed since. An eigenvalue that follows with weight w of the newest probe
-    misses (1 − w)² of that variance, which is added.
+    smoothing leaves. What the q agree on is no noise of theirs: where H has changed since, the square of the sum
+    `Σ_q (xᵀq) xᵀ(H q − A q)`, less c below, is larger than noise explains. An eigenvalue that takes in the newest probe
+    with weight w misses (1 − w)² of that variance, which is added.
 
     Ritz values of a noisy matrix are too large, as its vectors turn to where the noise E adds: to second order by
     `b = Σ_j (y_jᵀ E y)²/(λ − λ_j)` for an eigenvector y among others y_j. The innovation shows by how much: the probe's
