@@ -65,7 +65,7 @@ def test_the_eigenvalues_are_those_of_the_hessian_in_the_metric(metric: MetricNa
     problem = problem._replace(inputs=(problem.inputs[0][:6].repeat(4, 1),), targets=problem.targets[:6].repeat(4, 1))
     probes = PairedProbes(every=1, rank=3, smoothing=0.5, relative_step=relative_step)
     optimizer = optimizer_of(problem, probes, lr=0.0, metric=metric)
-    train(optimizer, problem, FIRST_STEP + 120)
+    train(optimizer, problem, FIRST_STEP + 60)
     contraction = scaling(optimizer, -0.5, probes._least)
     expected = torch.linalg.eigvalsh(contraction @ dense_hessian(problem) @ contraction)
     expected = expected[expected.abs().argsort(descending=True)][:3]
