@@ -105,6 +105,8 @@ class Dealing:
         Returns:
             `(N,)`, in the order of the parameters.
         """
+        # Who holds nothing may not know in which precision others do.
+        dealt = dealt.to(self.buckets.dtype)
         row = dealt.new_empty(self.buckets.size)
         pieces = torch.split(row, list(self.buckets.sizes))
         for place, piece in self._from_all(dealt, "directions"):
@@ -122,6 +124,7 @@ class Dealing:
         """
         everyone, pieces = range(self.collectives.size), torch.split(row, list(self.buckets.sizes))
         sent = torch.cat([row[:0], *(pieces[place] for by in everyone for place in self._places[by])])
+        sent = sent.to(self.buckets.dtype)
         outgoing, mine = [self._count(by) for by in everyone], self._count(self.collectives.rank)
         received = self.collectives.start_all_to_all(sent, outgoing, [mine] * len(everyone), "responses")()
         return received.view(len(everyone), mine)
@@ -130,7 +133,7 @@ class Dealing:
         """Send everyone its row of what is in these hands, `(M, k)`; every parameter's place and what came for it."""
         everyone = range(self.collectives.size)
         outgoing, incoming = [dealt.shape[1]] * len(everyone), [self._count(by) for by in everyone]
-        received = self.collectives.start_all_to_all(dealt.reshape(-1), outgoing, incoming, phase)()
+        received = self.collectives.start_all_to_all(dealt.reshape(-1).contiguous(), outgoing, incoming, phase)()
         order = [place for by in everyone for place in self._places[by]]
         yield from zip(order, torch.split(received, [self.buckets.sizes[place] for place in order]), strict=True)
 
