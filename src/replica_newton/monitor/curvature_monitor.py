@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from replica_newton.curvature.gram import inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.monitor.observation import CurvatureObservation
-from replica_newton.monitor.probes import Loss, differences, exact_products, gradient_of
+from replica_newton.monitor.probes import Loss, differences, exact_products, gradient_of, require_precision
 from replica_newton.monitor.stability import added_weight_decay, has_metric, is_known, metric_of, stable_sharpness
 from replica_newton.spread import TrackedSubspace
 from replica_newton.topology import LocalClosure, ReplicaClosure, Simulated, TreeReduction
@@ -93,9 +93,7 @@ class CurvatureMonitor:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise ValueError("model must have a parameter that requires a gradient, got none")
-        for parameter in self._parameters:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"parameters must be fp32 or fp64 to be probed, got {parameter.dtype}")
+        require_precision(self._parameters)
         if every < 1:
             raise ValueError(f"{every=} must be >= 1")
         if relative_step is not None and not 0.0 < relative_step < 1.0:

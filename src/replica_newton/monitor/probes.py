@@ -66,12 +66,41 @@ def differences(
         Gradients and products, `(k, N)` each.
     """
     point = _flat(parameters)
-    length = relative_step * max(float(torch.linalg.vector_norm(point)), 1.0)
-    scales = torch.linalg.vector_norm(directions, dim=1, keepdim=True) / length
+    scales = step_scales(point, directions, relative_step)
     if gradients is None:
         gradients = _gradients_at(model, parameters, losses, torch.zeros_like(directions))
     displaced = _gradients_at(model, parameters, losses, directions / scales)
     return gradients, (displaced - gradients) * scales
+
+
+def step_scales(point: Tensor, directions: Tensor, relative_step: float) -> Tensor:
+    """`‖q‖/h` of every direction q, by which it is divided for a step of length h, and a difference multiplied.
+
+    Args:
+        point: w, `(N,)`.
+        directions: `(k, N)`.
+        relative_step: h over `max(‖w‖, 1)`.
+
+    Returns:
+        `(k, 1)`.
+    """
+    length = relative_step * max(float(torch.linalg.vector_norm(point)), 1.0)
+    lengths: Tensor = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+    return lengths / length
+
+
+def require_precision(parameters: Sequence[Tensor]) -> None:
+    """Curvature from gradients in half precision is rounding.
+
+    Args:
+        parameters: to be probed.
+
+    Raises:
+        TypeError: if one is neither fp32 nor fp64.
+    """
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"parameters must be fp32 or fp64 to be probed, got {parameter.dtype}")
 
 
 def gradient_of(model: nn.Module, parameters: Sequence[Tensor], loss: Loss) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
-from replica_newton.monitor.probes import differences, exact_products
+from replica_newton.monitor.probes import differences, exact_products, require_precision, step_scales
 from replica_newton.optim.calls import Calls, flat
 from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.paired_probes import Held, PairedProbes
@@ -60,8 +60,7 @@ class ProbeCalls(Calls):
             closure.samples_evaluated += 2 * closure.samples
         else:
             shared = flat(parameters).to(gradients.dtype)
-            length = probes.relative_step * max(float(torch.linalg.vector_norm(shared)), 1.0)
-            scales = torch.linalg.vector_norm(directions, dim=1, keepdim=True) / length
+            scales = step_scales(shared, directions, probes.relative_step)
             displaced = closure.gradients_again(parameters, shared + directions / scales)
             products = (self._signed(displaced.to(gradients.dtype), parameters) - gradients) * scales
         probes.observe(metric, states, products)
@@ -107,9 +106,7 @@ class ProbeCalls(Calls):
         """How much of what is trained is here, by block."""
         groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
         trained = [p for group in groups for p in group]
-        for p in trained:
-            if p.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"parameters must be fp32 or fp64 to be probed, got {p.dtype}")
+        require_precision(trained)
         match probes.blocks:
             case "all":
                 ends = [len(trained)]
