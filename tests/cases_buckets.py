@@ -246,19 +246,43 @@ def train_sharded(
         {"params": [*module.first.parameters(), module.unused]},
         {"params": module.second.parameters(), "lr": 0.02},
     ]
-    optimizer = ReplicaNewton(groups, 0.05, topology=topology, **({"rule": "paper"} | options))
+    optimizer = ReplicaNewton(groups, **({"lr": 0.05, "rule": "paper"} | options), topology=topology)
     losses = []
     for step in range(steps):
         inputs, targets = batch(step, dtype)
+        if rank is None and optimizer.rule == "metric":
+            losses.append(gradient_of_shards(module, inputs.chunk(count), targets.chunk(count)))
+            optimizer.step()
+            continue
         if rank is not None:
             inputs, targets = inputs.chunk(count)[rank], targets.chunk(count)[rank]
         losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
     optimizer.synchronise()
-    values = [one.full_tensor() if rank is not None else one for one in module.parameters()]
+    with optimizer.averaged():
+        averaged = whole(module)
     return {
         "losses": losses,
-        "parameters": torch.cat([value.detach().flatten() for value in values]),
-        "eigenvalues": optimizer.curvature.eigenvalues,
+        "parameters": whole(module),
+        "averaged": averaged,
+        "eigenvalues": None if optimizer.curvature is None else optimizer.curvature.eigenvalues,
         "local": sum(local(one).numel() for one in module.parameters()),
         "state": {one.dtype for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)},
     }
+
+
+def gradient_of_shards(module: nn.Module, inputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> float:
+    """Leave the mean gradient in `.grad`, rounded as replicas of two shards each round it; the mean loss."""
+    losses, gradients = [], []
+    for x, y in zip(inputs, targets, strict=True):
+        losses.append(cross_entropy(module(x), y))
+        gradients.append(torch.autograd.grad(losses[-1], list(module.parameters()), materialize_grads=True))
+    for parameter, *of in zip(module.parameters(), *gradients, strict=True):
+        replicas = [(first + second) / 2 for first, second in zip(of[::2], of[1::2], strict=True)]
+        parameter.grad = torch.stack(replicas).mean(dim=0)
+    return float(torch.stack(losses).detach().mean())
+
+
+def whole(module: nn.Module) -> Tensor:
+    """All parameters, sharded or not."""
+    gather = [getattr(one, "full_tensor", one.detach) for one in module.parameters()]
+    return torch.cat([values().detach().flatten().clone() for values in gather])

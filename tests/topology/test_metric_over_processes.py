@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cases
+import cases_buckets
 import pytest
 import torch
 from processes import run_processes
@@ -32,6 +33,51 @@ def test_processes_train_as_one_process_does(count: int, options: dict, tmp_path
     alone = cases.train(None, count, steps=60, batched=False, **METRIC, **options)
     cases.check_parity(results, alone, 1e-10)
     assert sum(result["state"] for result in results) == alone["state"], "each keeps what it moves, and no more"
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "options"),
+    [
+        (2, 1, {"metric": "kronecker", "plain_closure": True}),
+        (3, 2, {"metric": "kronecker", "normalised": True, "decay": 0.99}),
+        # More servers than parameters, of which some hold nothing.
+        (2, 8, {"metric": "identity", "weight_decay": 0.1, "maximize": True}),
+    ],
+    ids=["2-1-kronecker", "3-2-normalised", "2-8-identity"],
+)
+def test_servers_train_as_one_process_does(workers: int, servers: int, options: dict, tmp_path: Path) -> None:
+    results = run_processes(
+        tmp_path, servers + workers, cases.train, steps=60, servers=servers, **METRIC, **options
+    )
+    options.pop("plain_closure", None)
+    alone = cases.train(None, workers, steps=60, batched=False, **METRIC, **options)
+    cases.check_parity(results[servers:], alone, 1e-10)
+    assert sum(server["state"] for server in results[:servers]) == alone["state"]
+    assert not any(result["state"] for result in results[servers:]), "workers keep nothing"
+
+
+@pytest.mark.parametrize(
+    "options", [{"metric": "kronecker"}, {"metric": "diagonal", "weight_decay": 0.1}], ids=["kronecker", "diagonal"]
+)
+def test_sharded_replicas_train_as_whole_ones_do(options: dict, tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 4, cases_buckets.train_sharded, steps=40, **METRIC, **options)
+    alone = cases_buckets.train_sharded(None, 4, steps=40, **METRIC, **options)
+    assert len({result["local"] for result in results}) == 2, "shards are not of the same size"
+    for result in results:
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-10)
+        for name in ("parameters", "averaged"):
+            torch.testing.assert_close(result[name], alone[name], rtol=1e-10, atol=1e-10)
+            assert torch.equal(result[name], results[0][name])
+
+
+def test_sharded_parameters_in_bf16_are_kept_in_fp32(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 4, cases_buckets.train_sharded, dtype=torch.bfloat16, steps=30, **METRIC)
+    alone = cases_buckets.train_sharded(None, 4, dtype=torch.float32, steps=30, **METRIC)
+    for result in results:
+        assert result["state"] <= {torch.float32}
+        assert result["parameters"].dtype == torch.bfloat16
+        assert result["losses"] == pytest.approx(alone["losses"], rel=3e-2)
+        assert torch.equal(result["parameters"], results[0]["parameters"])
 
 
 def test_a_step_sends_hardly_more_than_an_all_reduce(tmp_path: Path) -> None:

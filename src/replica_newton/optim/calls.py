@@ -23,7 +23,7 @@ Nonfinite = Literal["stop", "skip"]
 MAX_SKIPPED_IN_A_ROW = 20
 
 
-class _Call(IntEnum):
+class Call(IntEnum):
     """What all processes do together; a server does what the first worker says."""
 
     CLOSE = 0
@@ -33,6 +33,7 @@ class _Call(IntEnum):
     SUM = 4
     SAVE = 5
     SERVE = 6
+    AVERAGE = 7
 
 
 class Calls(Optimizer):
@@ -71,12 +72,19 @@ class Calls(Optimizer):
         self._rows: list[int] | None = None
         self._together = False
         self._averaging = False
+        self._unfinished: Callable[[], None] | None = None
         self._sum = torch.empty(0)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("topology", "nonfinite", "fallbacks", "skipped", "_skipped_in_a_row", "_counted", "_rows", "_together")
-        unset = {"_averaging": False, "_outcome": None, "_evaluated": False, "_sum": torch.empty(0)}
+        unset = {
+            "_averaging": False,
+            "_outcome": None,
+            "_evaluated": False,
+            "_unfinished": None,
+            "_sum": torch.empty(0),
+        }
         return super().__getstate__() | {name: getattr(self, name) for name in own} | unset
 
     @torch.no_grad()
@@ -93,7 +101,7 @@ class Calls(Optimizer):
         Raises:
             RuntimeError: if the workers save a checkpoint and `save` is None.
         """
-        while self._call(_Call.SERVE, save=save) != _Call.CLOSE:
+        while self._call(Call.SERVE, save=save) != Call.CLOSE:
             if isinstance(self._outcome, FloatingPointError):
                 logger.warning("step given up: %s", self._outcome)
 
@@ -110,7 +118,7 @@ class Calls(Optimizer):
         """
         if self._averaging:
             raise RuntimeError("checkpoints must not be saved inside `with optimizer.averaged()`")
-        self._call(_Call.SAVE, number=step, save=save)
+        self._call(Call.SAVE, number=step, save=save)
 
     @torch.no_grad()
     def total(self, numbers: Callable[[], Tensor]) -> Tensor:
@@ -124,13 +132,13 @@ class Calls(Optimizer):
         """
         if not self.topology.distributed:
             return numbers()
-        self._call(_Call.SUM, numbers=numbers)
+        self._call(Call.SUM, numbers=numbers)
         return self._sum
 
     def close(self) -> None:
         """Tell the servers that there are no more steps; nothing to do where there are none."""
         try:
-            self._call(_Call.CLOSE)
+            self._call(Call.CLOSE)
         except TopologyError as error:
             logger.warning("others have left before this process: %s", error)
 
@@ -141,7 +149,7 @@ class Calls(Optimizer):
 
     def _call_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         """Take a step together; the loss."""
-        self._call(_Call.STEP if closure is not None else _Call.STEP_ON_GIVEN, closure)
+        self._call(Call.STEP if closure is not None else Call.STEP_ON_GIVEN, closure)
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, FloatingPointError):
             raise outcome
@@ -149,13 +157,13 @@ class Calls(Optimizer):
 
     def _call(
         self,
-        call: _Call,
+        call: Call,
         closure: Callable[[], Tensor] | None = None,
         *,
         number: int = 0,
         numbers: Callable[[], Tensor] | None = None,
         save: Callable[[int], object] | None = None,
-    ) -> _Call:
+    ) -> Call:
         """Make a call that all processes make, servers by what the first worker says; returns which it was."""
         agreed, self._evaluated = call, False
 
@@ -166,20 +174,23 @@ class Calls(Optimizer):
             self._outcome, self._counted, self._evaluated = None, self._counts(), False
             own = None if numbers is None else numbers()
             agreed, said = self._announce(call, number if own is None else len(own))
-            if call not in {_Call.SERVE, agreed}:
+            if call not in {Call.SERVE, agreed}:
                 raise TopologyError("the first worker makes another call here: all workers must make the same")
             match agreed:
-                case _Call.SYNCHRONISE:
+                case Call.SYNCHRONISE:
                     self._synchronise()
-                case _Call.SUM:
+                case Call.AVERAGE:
+                    self.topology.prepared()
+                    self._average()
+                case Call.SUM:
                     self._sum = self.topology.total(torch.zeros(said, dtype=torch.float64) if own is None else own)
                     self.topology.end_together(_nothing)
-                case _Call.SAVE:
+                case Call.SAVE:
                     (save or _no_save)(said)
                     self.topology.end_together(_nothing)
-                case _Call.STEP | _Call.STEP_ON_GIVEN:
-                    self._try_step((closure or no_data) if agreed == _Call.STEP else None)
-            return agreed in {_Call.STEP, _Call.STEP_ON_GIVEN}
+                case Call.STEP | Call.STEP_ON_GIVEN:
+                    self._try_step((closure or no_data) if agreed == Call.STEP else None)
+            return agreed in {Call.STEP, Call.STEP_ON_GIVEN}
 
         self.topology.together(attempt, self._meet)
         return agreed
@@ -214,9 +225,16 @@ class Calls(Optimizer):
 
     def _go_back(self, parameters: list[Tensor], states: list[dict[str, Any]], counts: tuple[int, int, int]) -> None:
         """Undo a step that other processes cannot end."""
+        self._unfinished = None
         for parameter, state in zip(parameters, states, strict=True):
             self.state[parameter] = state
         self.fallbacks, self.skipped, self._skipped_in_a_row = counts
+
+    def _finish(self) -> None:
+        """End a step that can be neither undone nor stopped any more, unless it has ended."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished()
 
     def _meet(self) -> None:
         """After a change of members: all at the parameters that all share, and as many displacements as replicas."""
@@ -241,18 +259,21 @@ class Calls(Optimizer):
         write(parameters, topology.whole(state["shared"]))
         self._together = True
 
-    def _announce(self, call: _Call, number: int) -> tuple[_Call, int]:
+    def _announce(self, call: Call, number: int) -> tuple[Call, int]:
         """Tell processes without a replica what comes next and with which rates; returns what the first worker says."""
         rates = [float(group["lr"]) for group in self.param_groups]
         message: list[float] = self.topology.agree(torch.tensor([call, number, *rates], dtype=torch.float64)).tolist()
         if message[2:] != rates:
             for group, rate in zip(self.param_groups, message[2:], strict=True):
                 group["lr"] = rate
-        return _Call(int(message[0])), int(message[1])
+        return Call(int(message[0])), int(message[1])
 
     def _take_step(self, closure: Callable[[], Tensor] | None) -> None:
         """The step itself; `_outcome` is the loss, as soon as it is known."""
         raise NotImplementedError
+
+    def _average(self) -> None:
+        """Put the module at the average of its parameters, where the step keeps one."""
 
     @torch.no_grad()
     def synchronise(self) -> None:
@@ -261,7 +282,7 @@ class Calls(Optimizer):
         Where replicas live in one process it stands there anyway. The next step moves them apart again.
         """
         if self.topology.distributed:
-            self._call(_Call.SYNCHRONISE)
+            self._call(Call.SYNCHRONISE)
 
     def _synchronise(self) -> None:
         parameters = self._trained()

@@ -1,19 +1,21 @@
 """Steps of the rule "metric", in one process and over several."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
+from replica_newton.optim.calls import Call, flat
 from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import Evaluation, Report
 from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
 from replica_newton.optim.probe_calls import ProbeCalls
-from replica_newton.topology import TreeReduction
+from replica_newton.topology.buckets import local
 from replica_newton.topology.dealing import Dealing, deal
-from replica_newton.topology.processes import LocalClosure
+from replica_newton.topology.processes import LocalClosure, Processes
 from replica_newton.topology.random_state import RandomState
 from replica_newton.topology.simulated import Data, ReplicaClosure
 
@@ -23,6 +25,8 @@ class MetricCalls(ProbeCalls):
 
     max_norm: float | None = None
     metric_step: MetricStep | None = None
+    _at_average = False
+    _dealing_of_wholes: Dealing | None = None
 
     def _take_metric_step(
         self, metric_step: MetricStep, closure: Callable[[], Tensor] | None, parameters: list[Tensor]
@@ -32,7 +36,7 @@ class MetricCalls(ProbeCalls):
             raise TypeError(
                 "spread=PairedProbes() needs a closure of topology.closure(module, criterion, inputs, targets)"
             )
-        if isinstance(self.topology, TreeReduction):
+        if isinstance(self.topology, Processes):
             self._take_metric_step_over(self.topology, metric_step, closure or given_gradients(parameters), parameters)
             return
         if metric_step.probes is not None:
@@ -60,31 +64,86 @@ class MetricCalls(ProbeCalls):
         self._settled()
 
     def _take_metric_step_over(
-        self, topology: TreeReduction, metric_step: MetricStep, closure: Callable[[], Tensor], parameters: list[Tensor]
+        self, topology: Processes, metric_step: MetricStep, closure: Callable[[], Tensor], parameters: list[Tensor]
     ) -> None:
-        """The same over processes, each of which moves the parameters that are dealt to it."""
+        """The same over processes, some or all of which move the parameters that are dealt to them."""
+        self._at_average = False
         topology.lay_out(parameters)
         if not self._together:
-            topology.spread_from_first(parameters, "first parameters")
+            topology.spread_from_first([local(parameter) for parameter in parameters], "first parameters")
             self._together = True
+        dealing = self._dealing(topology, metric_step, parameters)
+        mine = self._in_hand(topology, dealing, parameters)
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
-        random_state = RandomState(parameters)
+        random_state = None if metric_step.probes is None else RandomState(parameters)
         evaluation = self._evaluate(closure, parameters, nowhere, "own")
-        dealing = self._dealing(topology, metric_step)
-        if metric_step.probes is not None:
+        if metric_step.probes is not None and random_state is not None:
             metric_step.probes.attach(self._held(metric_step.probes, dealing))
             self._probe_over(metric_step, dealing, closure, parameters, random_state, evaluation.report.total)
         rates, moved = self._rates(), []
-        for place, gradient in zip(dealing.mine, dealing.collect(evaluation.mean), strict=True):
+        for place, whole, gradient in zip(dealing.mine, mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]
-            moved.append(Moved(parameter, gradient.view(parameter.shape), *rates[id(parameter)], self.state[parameter]))
-        metric_step.take(moved, max(rates.values())[0], evaluation.report.total)
-        self._outcome = evaluation.report.losses.mean().to(parameters[0])
+            moved.append(Moved(whole, gradient.view(whole.shape), *rates[id(parameter)], self.state[parameter]))
+        take = metric_step.prepare(moved, max(rates.values())[0], evaluation.report.total)
+        self._outcome = evaluation.report.losses.mean().to(local(parameters[0]))
         for place in set(range(len(parameters))).difference(dealing.mine):
             self.state.pop(parameters[place], None)  # of a checkpoint that other processes saved
-        topology.prepared(stepped=True)
-        self._settled()
-        dealing.share(parameters)
+
+        def finish() -> None:
+            take()
+            self._settled()
+
+        # States change in place and cannot go back: no hand moves anything before all are prepared to.
+        self._unfinished = finish
+        topology.prepared(self._undo([]), stepped=True)
+        topology.all_prepared()
+        self._finish()
+        dealing.share(mine, parameters)
+
+    def _in_hand(self, topology: Processes, dealing: Dealing, parameters: list[Tensor]) -> list[Tensor]:
+        """The parameters in this process's hands, whole: those of the module, or what is kept beside its shards."""
+        if topology.shards == 1:
+            return [parameters[place] for place in dealing.mine]
+        if self._dealing_of_wholes is not dealing:
+            dtype = working_dtype(*parameters)
+            collected = dealing.collect(topology.part(flat(parameters).to(dtype)))
+            for place, values in zip(dealing.mine, collected, strict=True):
+                parameter, values = parameters[place], values.view(parameters[place].shape)
+                kept = self.state[parameter].get("whole")
+                # What is kept may be more precise than the module is.
+                if kept is None or not torch.equal(kept.to(parameter.dtype), values.to(parameter.dtype)):
+                    self.state[parameter]["whole"] = values
+            self._dealing_of_wholes = dealing
+        return [self.state[parameters[place]]["whole"] for place in dealing.mine]
+
+    def _meet(self) -> None:
+        """After a change of members: workers at the servers' parameters; see `Calls`."""
+        metric_step, topology = self.metric_step, self.topology
+        if metric_step is None or not isinstance(topology, Processes):
+            super()._meet()
+            return
+        if topology.is_worker:
+            self._unfinished = None
+        self._finish()  # all servers were prepared to
+        rate, loss = metric_step.rate, float(self._outcome) if isinstance(self._outcome, Tensor) else math.nan
+        own = [topology.steps, *self._counts(), self._at_average, loss, *rate.numbers()]
+        said = topology.said_by_server(torch.tensor(own, dtype=torch.float64)).tolist()
+        topology.steps, self.fallbacks, self.skipped, self._skipped_in_a_row = map(int, said[:4])
+        self._at_average = bool(said[4])
+        rate.load_numbers(said[6:])
+        # Whoever was interrupted before it knew the loss of a step that has ended.
+        parameters = self._trained()
+        if self._outcome is None:
+            self._outcome = torch.tensor(said[5], dtype=parameters[0].dtype)
+        self._together = rate.steps > 0
+        if self._together:
+            topology.lay_out(parameters)
+            dealing = self._dealing(topology, metric_step, parameters)
+            dealing.share(self._in_hand(topology, dealing, parameters), parameters)
+            if self._at_average:
+                # Who is inside `averaged` stands there; all must take part.
+                with nullcontext() if self._averaging else _put_back(parameters):
+                    self._average()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -108,34 +167,44 @@ class MetricCalls(ProbeCalls):
         if self.metric_step is None:
             yield
             return
-        parameters = self._trained()
-        before = [p.detach().clone() for p in parameters]
-        self._averaging = True
-        try:
-            self._move_to_average(self.metric_step, parameters)
-            yield
-        finally:
-            self._averaging = False
-            with torch.no_grad():
-                for parameter, values in zip(parameters, before, strict=True):
-                    parameter.copy_(values)
+        with _put_back(self._trained()):
+            self._averaging = True
+            try:
+                with torch.no_grad():
+                    self._call(Call.AVERAGE)
+                yield
+            finally:
+                self._averaging = False
 
-    @torch.no_grad()
-    def _move_to_average(self, metric_step: MetricStep, parameters: list[Tensor]) -> None:
+    def _average(self) -> None:
+        """Put the module at the average. Servers, whose module is what training goes on from, only send it."""
+        if self.metric_step is None:
+            return
+        self._at_average = True
+        parameters = self._trained()
+        if isinstance(self.topology, Processes):
+            self.topology.lay_out(parameters)
+            dealing = self._dealing(self.topology, self.metric_step, parameters)
+            mine = self._in_hand(self.topology, dealing, parameters)
+            averages = [
+                self.state.get(parameters[place], {}).get("average", whole)
+                for place, whole in zip(dealing.mine, mine, strict=True)
+            ]
+            dealing.share(averages, parameters)
+            return
         for parameter in parameters:
             average = self.state.get(parameter, {}).get("average")
             if average is not None:
                 parameter.copy_(average)
-        if isinstance(self.topology, TreeReduction):
-            self.topology.lay_out(parameters)
-            self._dealing(self.topology, metric_step).share(parameters)
 
-    def _dealing(self, topology: TreeReduction, metric_step: MetricStep) -> Dealing:
+    def _dealing(self, topology: Processes, metric_step: MetricStep, parameters: list[Tensor]) -> Dealing:
         """Who moves which of the parameters that are trained."""
         # Of all, frozen ones too, or the state of one would be in other hands when another thaws.
         everything = [p for group in self.param_groups for p in group["params"]]
-        hands = deal([metric_step.metric.work(p.shape) for p in everything], topology.replicas)
-        return topology.dealing([hand for hand, p in zip(hands, everything, strict=True) if p.requires_grad])
+        hands = deal([metric_step.metric.work(p.shape) for p in everything], len(topology.hands))
+        return topology.dealing(
+            parameters, [hand for hand, p in zip(hands, everything, strict=True) if p.requires_grad]
+        )
 
     def _rates(self) -> dict[int, tuple[float, float]]:
         """Rate and weight decay of the parameters that are trained, by their id."""
@@ -166,3 +235,15 @@ class MetricCalls(ProbeCalls):
                 rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
             pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
         return torch.cat(pieces, dim=1).to(dtype)
+
+
+@contextmanager
+def _put_back(parameters: list[Tensor]) -> Iterator[None]:
+    """Put the module back to where it is now."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.copy_(values)

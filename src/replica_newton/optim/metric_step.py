@@ -53,7 +53,7 @@ class MetricStep:
         probes: bend U by curvature; see `PairedProbes`. None leaves it the metric's.
     """
 
-    STATE = (*Metric.STATE, "last", "before_last", "average")
+    STATE = (*Metric.STATE, "last", "before_last", "average", "whole")
     """What the state of a parameter may hold, beside the number of its steps."""
 
     def __init__(
@@ -63,18 +63,26 @@ class MetricStep:
         self.rate = DistanceRate() if rate is None else rate
         self.probes = probes
 
-    def take(
-        self,
-        moved: Sequence[Moved],
-        largest: float,
-        total: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Move parameters and their states by a step; nothing is changed if it cannot be taken.
+    def take(self, moved: Sequence[Moved], largest: float, total: Callable[[Tensor], Tensor]) -> None:
+        """Move parameters and their states by a step; see `prepare`.
+
+        Args:
+            moved: as there.
+            largest: as there.
+            total: as there.
+        """
+        self.prepare(moved, largest, total)()
+
+    def prepare(self, moved: Sequence[Moved], largest: float, total: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Find out what must be known of all parameters; nothing is changed yet, nor if the step cannot be taken.
 
         Args:
             moved: what is this process's to move.
             largest: relative rate of all parameters.
             total: sums over the processes that move parameters.
+
+        Returns:
+            What takes the step: it moves parameters and their states, and asks nobody but for probes.
 
         Raises:
             FloatingPointError: if a gradient is not finite; by all processes.
@@ -82,13 +90,20 @@ class MetricStep:
         elements, wrong, squared_size, *slopes = total(self._sums(moved)).tolist()
         if wrong:
             raise FloatingPointError("a gradient is not finite")
-        if not elements:
-            return
-        if largest:
-            pairs = zip(slopes[::2], slopes[1::2], strict=True)
-            last, before_last = (slope / square**0.5 if square else 0.0 for slope, square in pairs)
-            self.rate.observe(last, before_last, largest)
-        rate = self.rate((squared_size / elements) ** 0.5)
+
+        def take() -> None:
+            if not elements:
+                return
+            if largest:
+                pairs = zip(slopes[::2], slopes[1::2], strict=True)
+                last, before_last = (slope / square**0.5 if square else 0.0 for slope, square in pairs)
+                self.rate.observe(last, before_last, largest)
+            self._move(moved, self.rate((squared_size / elements) ** 0.5))
+
+        return take
+
+    def _move(self, moved: Sequence[Moved], rate: float) -> None:
+        """A step at this rate."""
         units: Sequence[Tensor] = [self.metric.unit_step(one.state, one.gradient) for one in moved]
         if self.probes is not None:
             units = self.probes.bent(self.metric, [one.state for one in moved], units, rate)
@@ -142,11 +157,10 @@ def check_options(topology: Topology, **options: Any) -> None:
     Raises:
         ValueError: if there is one.
     """
-    if topology.distributed and not (isinstance(topology, TreeReduction) and topology.shards == 1):
-        raise ValueError(
-            f"rule='metric' needs one process or a TreeReduction of whole replicas, got {topology!r}; others are for "
-            "rule='paper'"
-        )
+    whole = not topology.distributed or (isinstance(topology, TreeReduction) and topology.shards == 1)
+    if isinstance(options["spread"], PairedProbes) and not whole:
+        needed = "one process or a TreeReduction of whole replicas"
+        raise ValueError(f"spread=PairedProbes() needs {needed}, got {topology!r}")
     if isinstance(options["spread"], PairedProbes):
         options["spread"] = None
     for name, unset in {"spread": None, "secant_data": "own", "damping": 0.0, "max_norm": None}.items():

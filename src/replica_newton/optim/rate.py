@@ -116,3 +116,18 @@ class DistanceRate:
         """
         self.distance, self._steps = state["distance"], state["steps"]
         self._before, self._kept, self._square, self._last = state["slopes"]
+
+    def numbers(self) -> list[float]:
+        """The state as numbers, nan for a distance that is not known yet."""
+        distance = math.nan if self.distance is None else self.distance
+        return [distance, float(self._steps), self._before, self._kept, self._square, self._last]
+
+    def load_numbers(self, numbers: list[float]) -> None:
+        """Go on from a state.
+
+        Args:
+            numbers: what `numbers` returned.
+        """
+        distance, steps, *slopes = numbers
+        known = None if math.isnan(distance) else distance
+        self.load_state_dict({"distance": known, "steps": int(steps), "slopes": slopes})

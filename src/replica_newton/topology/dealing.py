@@ -1,8 +1,9 @@
 """Whole parameters dealt out to processes: for work on them that cannot be shared by columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +35,76 @@ def deal(work: Sequence[float], hands: int) -> list[int]:
     return dealt
 
 
+class Held(NamedTuple):
+    """What one process has of all parameters.
+
+    Attributes:
+        columns: pieces of the parameters whose columns are there.
+        module: the elements of every parameter, flat, that its module has: all, a shard's, or none in a server.
+    """
+
+    columns: list[Piece]
+    module: list[slice]
+
+
+def held_whole(buckets: Buckets, holders: Sequence[int], workers: Sequence[int], processes: int) -> list[Held]:
+    """What every process has where replicas are whole.
+
+    Args:
+        buckets: of the parameters.
+        holders: ranks of the processes that hold columns.
+        workers: ranks of the processes that have a replica.
+        processes: how many there are.
+
+    Returns:
+        It, by rank.
+    """
+    pieces = list(buckets.pieces())
+    return [
+        Held(
+            [piece for piece in pieces if holders[piece.holder] == rank],
+            [slice(0, size if rank in workers else 0) for size in buckets.sizes],
+        )
+        for rank in range(processes)
+    ]
+
+
+def held_in_shards(
+    places: Sequence[tuple[int, int]], counts: Sequence[Sequence[int]], cut: Callable[[Sequence[int]], Buckets]
+) -> list[Held]:
+    """What every process has where replicas are sharded along the first dimension of their parameters.
+
+    Args:
+        places: of every process, the number of its replica, and of its shard.
+        counts: of every process, the elements of every parameter in its shard.
+        cut: buckets of parameters of given sizes, shared by the replicas.
+
+    Returns:
+        It, by rank.
+    """
+    found = []
+    for (replica, shard), mine in zip(places, counts, strict=True):
+        shards = [one for place, one in sorted(zip(places, counts, strict=True)) if place[0] == replica]
+        starts = [sum(one[parameter] for one in shards[:shard]) for parameter in range(len(mine))]
+        pieces = [piece for piece in cut(mine).pieces() if piece.holder == replica]
+        found.append(
+            Held(
+                [piece._replace(elements=_shifted(piece.elements, starts[piece.parameter])) for piece in pieces],
+                [slice(start, start + count) for start, count in zip(starts, mine, strict=True)],
+            )
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Dealing:
     """Parameters, each in the hands of one process, and how they come there and back.
 
-    Together with the exchange of gradients that gives every process its columns of their mean, a step sends
+    Together with the exchange of gradients that gives every holder its columns of their mean, a step sends, where N
+    elements are shared by H holders, and each of P processes has a whole replica or a shard of one,
 
-        gradients      row m, N elements        → columns, M × n          N (M−1)/M elements sent
-        mean gradient  columns, n               → parameters dealt        at most N/M
-        parameters     of a process's hand      → all processes           (M−1) times its hand, N (M−1)/M on average
+        mean gradient  columns, n               → parameters dealt        at most N/H, or a shard's share of it
+        parameters     of a process's hand      → modules of the others   all that they have of its hand
 
     and a probe, of which every process has one row of directions and one of responses,
 
@@ -50,14 +112,18 @@ class Dealing:
         responses      row m, N elements        → in a process's hand     all but its own hand, N (M−1)/M on average
 
     Args:
-        collectives: of the processes, all of which hold columns.
-        buckets: which columns.
+        collectives: of all processes, those of all shards.
+        held: what each of them has.
         hands: rank of the process that has a parameter, for each.
+        sizes: elements of every parameter.
+        dtype: in which vectors travel.
     """
 
     collectives: Collectives
-    buckets: Buckets
+    held: tuple[Held, ...]
     hands: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
 
     @cached_property
     def mine(self) -> list[int]:
@@ -75,25 +141,26 @@ class Dealing:
         """
         leaving, coming = self._routes
         sent = torch.cat([columns[:0], *(columns[one.columns] for to in leaving for one in to)])
-        outgoing, incoming = ([sum(map(_length, of)) for of in pieces] for pieces in (leaving, coming))
+        outgoing, incoming = ([sum(_length(one.elements) for one in of) for of in by] for by in (leaving, coming))
         received = self.collectives.start_all_to_all(sent, outgoing, incoming, "mean gradient")()
         arrived = [one for by in coming for one in by]
-        values = {place: columns.new_empty(self.buckets.sizes[place]) for place in self.mine}
-        for one, elements in zip(arrived, torch.split(received, list(map(_length, arrived))), strict=True):
+        values = {place: columns.new_empty(self.sizes[place]) for place in self.mine}
+        pieces = torch.split(received, [_length(one.elements) for one in arrived])
+        for one, elements in zip(arrived, pieces, strict=True):
             values[one.parameter][one.elements] = elements
         return [values[place] for place in self.mine]
 
-    def share(self, parameters: Sequence[Tensor]) -> None:
-        """Overwrite every parameter with what it is in the process that has it in its hands.
+    def share(self, values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Write what a process has in its hands into the modules of all.
 
         Args:
-            parameters: all of them.
+            values: of the parameters `mine`, whole.
+            parameters: all of them, of which local shards are written; in a server none.
         """
-        own = [local(parameters[place]).reshape(-1).to(self.buckets.dtype) for place in self.mine]
-        mine = torch.cat([torch.empty(0, dtype=self.buckets.dtype, device=local(parameters[0]).device), *own])
-        for place, piece in self._from_all(mine.expand(self.collectives.size, -1), "parameters"):
-            if self.hands[place] != self.collectives.rank:
-                parameter = local(parameters[place])
+        flat = [value.detach().reshape(-1).to(self.dtype) for value in values]
+        for place, piece in self._dealt_out(lambda _: flat, "parameters", local(parameters[0]).device):
+            parameter = local(parameters[place])
+            if parameter.data_ptr() != piece.data_ptr():
                 parameter.copy_(piece.reshape(parameter.shape))
 
     def row(self, dealt: Tensor) -> Tensor:
@@ -106,10 +173,10 @@ class Dealing:
             `(N,)`, in the order of the parameters.
         """
         # Who holds nothing may not know in which precision others do.
-        dealt = dealt.to(self.buckets.dtype)
-        row = dealt.new_empty(self.buckets.size)
-        pieces = torch.split(row, list(self.buckets.sizes))
-        for place, piece in self._from_all(dealt, "directions"):
+        dealt = dealt.to(self.dtype)
+        row = dealt.new_empty(sum(self.sizes))
+        pieces, sizes = torch.split(row, list(self.sizes)), [self.sizes[place] for place in self.mine]
+        for place, piece in self._dealt_out(lambda to: torch.split(dealt[to], sizes), "directions", row.device):
             pieces[place].copy_(piece)
         return row
 
@@ -122,24 +189,43 @@ class Dealing:
         Returns:
             `(M, k)`, of the elements of `mine`.
         """
-        everyone, pieces = range(self.collectives.size), torch.split(row, list(self.buckets.sizes))
+        everyone, pieces = range(self.collectives.size), torch.split(row, list(self.sizes))
         sent = torch.cat([row[:0], *(pieces[place] for by in everyone for place in self._places[by])])
-        sent = sent.to(self.buckets.dtype)
-        outgoing, mine = [self._count(by) for by in everyone], self._count(self.collectives.rank)
-        received = self.collectives.start_all_to_all(sent, outgoing, [mine] * len(everyone), "responses")()
-        return received.view(len(everyone), mine)
+        counts = [sum(self.sizes[place] for place in self._places[by]) for by in everyone]
+        mine = counts[self.collectives.rank]
+        wait = self.collectives.start_all_to_all(sent.to(self.dtype), counts, [mine] * len(everyone), "responses")
+        return wait().view(len(everyone), mine)
 
-    def _from_all(self, dealt: Tensor, phase: str) -> Iterator[tuple[int, Tensor]]:
-        """Send everyone its row of what is in these hands, `(M, k)`; every parameter's place and what came for it."""
-        everyone = range(self.collectives.size)
-        outgoing, incoming = [dealt.shape[1]] * len(everyone), [self._count(by) for by in everyone]
-        received = self.collectives.start_all_to_all(dealt.reshape(-1).contiguous(), outgoing, incoming, phase)()
-        order = [place for by in everyone for place in self._places[by]]
-        yield from zip(order, torch.split(received, [self.buckets.sizes[place] for place in order]), strict=True)
+    def _dealt_out(
+        self, values: Callable[[int], Sequence[Tensor]], phase: str, device: torch.device
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Send every process what its module has of the values for it, one flat tensor for each of `mine`.
 
-    def _count(self, by: int) -> int:
-        """Elements in somebody's hands."""
-        return sum(self.buckets.sizes[place] for place in self._places[by])
+        Yields:
+            Every parameter's place, and what of it is for this process; empty ones are left out.
+        """
+        rank, everyone = self.collectives.rank, range(self.collectives.size)
+        others = [to for to in everyone if to != rank]
+
+        def wanted(to: int) -> list[Tensor]:
+            module = self.held[to].module
+            return [value[module[place]] for place, value in zip(self.mine, values(to), strict=True)]
+
+        sent = torch.cat(
+            [torch.empty(0, dtype=self.dtype, device=device), *(one for to in others for one in wanted(to))]
+        )
+        outgoing, incoming = [self._count(rank, to) for to in everyone], [self._count(by, rank) for by in everyone]
+        outgoing[rank] = incoming[rank] = 0
+        received = self.collectives.start_all_to_all(sent, outgoing, incoming, phase)()
+        order = [place for by in others for place in self._places[by]]
+        arrived = torch.split(received, [_length(self.held[rank].module[place]) for place in order])
+        for place, piece in (*zip(self.mine, wanted(rank), strict=True), *zip(order, arrived, strict=True)):
+            if len(piece):
+                yield place, piece
+
+    def _count(self, by: int, to: int) -> int:
+        """Elements in somebody's hands that somebody else's module has."""
+        return sum(_length(self.held[to].module[place]) for place in self._places[by])
 
     @cached_property
     def _places(self) -> list[list[int]]:
@@ -151,11 +237,14 @@ class Dealing:
     def _routes(self) -> tuple[list[list[Piece]], list[list[Piece]]]:
         """What goes from here to every process, and what comes here from each."""
         rank, everyone = self.collectives.rank, range(self.collectives.size)
-        pieces = [(one, self.hands[one.parameter]) for one in self.buckets.pieces()]
-        leaving = [[one for one, hand in pieces if (one.holder, hand) == (rank, to)] for to in everyone]
-        coming = [[one for one, hand in pieces if (one.holder, hand) == (by, rank)] for by in everyone]
+        leaving = [[one for one in self.held[rank].columns if self.hands[one.parameter] == to] for to in everyone]
+        coming = [[one for one in self.held[by].columns if self.hands[one.parameter] == rank] for by in everyone]
         return leaving, coming
 
 
-def _length(piece: Piece) -> int:
-    return int(piece.elements.stop - piece.elements.start)
+def _length(elements: slice) -> int:
+    return int(elements.stop - elements.start)
+
+
+def _shifted(elements: slice, by: int) -> slice:
+    return slice(elements.start + by, elements.stop + by)

@@ -22,6 +22,9 @@ class LastingMembers:
         """Count a step that will be taken, or has been given up; see `Topology`."""
         self.steps += stepped
 
+    def all_prepared(self) -> None:
+        """Nothing is undone from here on: it never is; see `Topology`."""
+
     def end_together(
         self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
     ) -> None:

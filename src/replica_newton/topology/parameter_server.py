@@ -195,6 +195,15 @@ class ParameterServer(Processes):
         if undo is not None:
             undo()
 
+    def all_prepared(self) -> None:
+        """Wait until all are prepared; see `Topology`.
+
+        A server that was interrupted in here does not know whether others have come further. It was prepared, so it
+        ends the call, unless a server was not: then nobody has come further.
+        """
+        if self._generations is not None:
+            self.total(torch.zeros(1, dtype=torch.float64))
+
     def end_together(
         self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
     ) -> None:

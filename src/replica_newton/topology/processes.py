@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
 from replica_newton.topology.collectives import Collectives
-from replica_newton.topology.dealing import Dealing
+from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_whole
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import (
@@ -46,9 +47,9 @@ class Processes(LastingMembers):
         holders: ranks in the group that hold columns, ascending.
         timeout: seconds that a collective may take.
         bucket_bytes: size of a bucket of gradients, >= 1.
-        shard_group: processes that share this replica's parameters and samples, this one among them; None where each
-            replica is whole. N is then the number of elements of this process's shards, and the loss of a replica the
-            mean over its shards' samples.
+        shard_groups: processes that share this replica's parameters and samples, this one among them, and those of
+            all replicas and shards; None where each replica is whole. N is then the number of elements of this
+            process's shards, and the loss of a replica the mean over its shards' samples.
 
     Attributes:
         replicas: M, the number of workers.
@@ -70,13 +71,16 @@ class Processes(LastingMembers):
         holders: Sequence[int],
         timeout: float,
         bucket_bytes: int = BUCKET_BYTES,
-        shard_group: dist.ProcessGroup | None = None,
+        shard_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
-        self._begin(timeout, bucket_bytes, shard_group)
+        self._begin(timeout, bucket_bytes, shard_groups)
         self._adopt(Collectives.of(process_group, timeout, self.elements_sent), workers, holders)
 
     def _begin(
-        self, timeout: float, bucket_bytes: int = BUCKET_BYTES, shard_group: dist.ProcessGroup | None = None
+        self,
+        timeout: float,
+        bucket_bytes: int = BUCKET_BYTES,
+        shard_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         if not 0.0 < timeout < float("inf"):
             raise ValueError(f"{timeout=} must be positive and finite, in seconds")
@@ -84,7 +88,9 @@ class Processes(LastingMembers):
             raise ValueError(f"{bucket_bytes=} must be >= 1")
         self.timeout = timeout
         self.elements_sent: Counter[str] = Counter()
-        self._across = None if shard_group is None else Collectives.of(shard_group, timeout, self.elements_sent)
+        self._across = self._everyone = None
+        if shard_groups is not None:
+            self._across, self._everyone = (Collectives.of(one, timeout, self.elements_sent) for one in shard_groups)
         self.shards = 1 if self._across is None else self._across.size
         self._bucket_bytes = bucket_bytes
         self._postponed = False
@@ -101,7 +107,7 @@ class Processes(LastingMembers):
         self._for_gradients = collectives.beside() if self.replicas == collectives.size else collectives
         self._among_workers = collectives.among(self._workers) if self.is_worker else collectives
         self._buckets = Buckets((), torch.float32, len(self._holders))
-        self._dealing: Dealing | None = None
+        self._dealt: tuple[Buckets, Dealing] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -157,6 +163,11 @@ class Processes(LastingMembers):
     def _local(self) -> slice:
         """Of the M replicas, the one that is here, if any."""
         return slice(0, 0) if self.replica is None else slice(self.replica, self.replica + 1)
+
+    @property
+    def _of_all_shards(self) -> Collectives:
+        """Of all processes."""
+        return self._all if self._everyone is None else self._everyone
 
     def lay_out(self, parameters: Sequence[Tensor]) -> list[int]:
         """Fix which process holds which columns; to be called before anything N-sized travels.
@@ -335,19 +346,47 @@ class Processes(LastingMembers):
             vector[bucket.elements] = wait().flatten()[: bucket.size]
         return vector
 
-    def dealing(self, hands: Sequence[int]) -> Dealing:
-        """Parameters as they are dealt out to the processes that hold columns.
+    @property
+    def hands(self) -> list[int]:
+        """Ranks of the processes that parameters can be dealt to: all that hold columns, those of all shards."""
+        return self._holders if self._across is None else list(range(self._of_all_shards.size))
+
+    def dealing(self, parameters: Sequence[Tensor], hands: Sequence[int]) -> Dealing:
+        """Parameters as they are dealt out; the same object as long as nothing changes. Called by all processes.
 
         Args:
-            hands: number of the holder that gets each, in the order of `lay_out`.
+            parameters: as for `lay_out`, which has been called.
+            hands: which of `hands` gets each.
 
         Returns:
             How they come there and back.
+
+        Raises:
+            ValueError: if replicas are sharded in another way than along the first dimension.
         """
-        ranks = tuple(self._holders[hand] for hand in hands)
-        if self._dealing is None or (self._dealing.buckets, self._dealing.hands) != (self._buckets, ranks):
-            self._dealing = Dealing(self._all, self._buckets, ranks)
-        return self._dealing
+        ranks = tuple(self.hands[hand] for hand in hands)
+        if self._dealt is None or self._dealt[0] is not self._buckets or self._dealt[1].hands != ranks:
+            sizes = tuple(parameter.numel() for parameter in parameters)
+            held = tuple(self._held(parameters))
+            self._dealt = self._buckets, Dealing(self._of_all_shards, held, ranks, sizes, self._buckets.dtype)
+        return self._dealt[1]
+
+    def _held(self, parameters: Sequence[Tensor]) -> list[Held]:
+        """What every process has of the parameters."""
+        if self._across is None:
+            return held_whole(self._buckets, self._holders, self._workers, self._all.size)
+        everyone = self._of_all_shards
+        table = torch.zeros(everyone.size, 2 + len(parameters), dtype=torch.float64)
+        counts = [local(parameter).numel() for parameter in parameters]
+        table[everyone.rank] = torch.tensor([self._all.rank, self._across.rank, *counts], dtype=torch.float64)
+        rows = [list(map(int, row)) for row in everyone.sum(table, "shards").tolist()]
+        if not all(map(_by_rows, parameters)):
+            raise ValueError("rule='metric' needs every parameter sharded along its first dimension")
+
+        def cut(local_sizes: Sequence[int]) -> Buckets:
+            return Buckets(local_sizes, self._buckets.dtype, len(self._holders), self._bucket_bytes)
+
+        return held_in_shards([(row[0], row[1]) for row in rows], [row[2:] for row in rows], cut)
 
     def total(self, sums: Tensor) -> Tensor:
         """Sum over the processes, those of all shards, the same bits in all of them.
@@ -489,3 +528,9 @@ class LocalClosure:
             loss = backward(self._module, self._criterion, samples)
         self.samples_evaluated += self.replicas * len(samples[-1])
         return loss
+
+
+def _by_rows(parameter: Tensor) -> bool:
+    """Whether a parameter is sharded along its first dimension, and in one way only."""
+    placements: tuple[Any, ...] = getattr(parameter, "placements", ())
+    return len(placements) == 1 and bool(placements[0].is_shard(0))

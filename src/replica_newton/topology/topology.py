@@ -101,6 +101,10 @@ class Topology(Protocol):
         """
         ...
 
+    def all_prepared(self) -> None:
+        """Wait until all are prepared, after which nobody undoes the call: for results that cannot go back."""
+        ...
+
     def end_together(
         self, finish: Callable[[], None], undo: Callable[[], None] | None = None, *, stepped: bool = False
     ) -> None:

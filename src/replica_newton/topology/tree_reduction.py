@@ -63,21 +63,26 @@ class TreeReduction(Processes):
         timeout: float = DEFAULT_TIMEOUT,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        shard_group = None
+        shard_groups = None
         if device_mesh is not None:
             if process_group is not None:
                 raise ValueError("give process_group or device_mesh, not both")
-            process_group, shard_group = _groups(device_mesh)
+            process_group, shard_groups = _groups(device_mesh)
         everyone = range(world_size(process_group))
-        super().__init__(process_group, everyone, everyone, timeout, bucket_bytes, shard_group)
+        super().__init__(process_group, everyone, everyone, timeout, bucket_bytes, shard_groups)
 
 
-def _groups(mesh: "DeviceMesh") -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
-    """Of this process: the group of the replicas' same shards, and that of its replica's shards."""
+def _groups(
+    mesh: "DeviceMesh",
+) -> tuple[dist.ProcessGroup, tuple[dist.ProcessGroup, dist.ProcessGroup] | None]:
+    """Of this process: the group of the replicas' same shards, that of its replica's shards, and that of all."""
     if mesh.ndim == 1:
         return mesh.get_group(), None
     names = mesh.mesh_dim_names or ()
     if mesh.ndim != 2 or REPLICATE not in names:
         raise ValueError(f'device_mesh must have one dimension, or two of which one is named "replicate", got {mesh}')
-    replicate = names.index(REPLICATE)
-    return mesh.get_group(replicate), mesh.get_group(1 - replicate)
+    replicate, ranks = names.index(REPLICATE), sorted(mesh.mesh.flatten().tolist())
+    everyone = dist.distributed_c10d._get_default_group()
+    if len(ranks) < dist.get_world_size():
+        everyone = dist.new_group(ranks, use_local_synchronization=True)
+    return mesh.get_group(replicate), (mesh.get_group(1 - replicate), everyone)
