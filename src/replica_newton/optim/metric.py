@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
@@ -167,7 +168,7 @@ class Metric:
             factor = _averaged(state, side, matrix @ matrix.T, self.decay)
             basis = state.get(f"{side}_basis")
             if basis is None:
-                basis = torch.linalg.eigh(factor).eigenvectors.flip(1).contiguous()
+                basis = _eigenvectors(factor).flip(1).contiguous()
             elif step % self.refresh_every == 0:
                 basis = torch.linalg.qr(factor @ basis).Q
             else:
@@ -192,6 +193,20 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
     """Of a parameter as a matrix."""
     rows = shape[0] if len(shape) > 1 and shape[0] else 1
     return rows, math.prod(shape) // rows
+
+
+def _eigenvectors(factor: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix, by ascending eigenvalue.
+
+    In fp32 LAPACK's divide and conquer as built by MKL fails, or returns nan and says nothing, on a sixth of all
+    matrices of low rank with many zeros, which is what units that do not fire make of a factor. In fp64 it has not been
+    seen to.
+    """
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        vectors = torch.linalg.eigh(factor).eigenvectors
+        if bool(vectors.isfinite().all()):
+            return vectors
+    return torch.linalg.eigh(factor.double()).eigenvectors.to(factor.dtype)
 
 
 def _kept(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
