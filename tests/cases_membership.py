@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from replica_newton import ParameterServer, ReplicaNewton, TreeReduction, save_checkpoint
 from replica_newton.topology import TopologyError
 
+RATES = {"paper": 0.05, "metric": 1.0}
+
 
 class Lines(logging.Handler):
     """Keeps what is logged."""
@@ -86,13 +88,20 @@ def glitch(topology: Any, phase: str, at: int) -> None:
 
 
 def interrupted(
-    rank: int, count: int, *, folder: Path, servers: int, glitches: list[tuple[int, str, int]], nonfinite: str = "skip"
+    rank: int,
+    count: int,
+    *,
+    folder: Path,
+    servers: int,
+    glitches: list[tuple[int, str, int]],
+    nonfinite: str = "skip",
+    rule: str = "paper",
 ) -> dict[str, Any] | None:
     """Train while collectives fail though nobody is lost; one loss in between is not finite."""
     log = Lines()
     topology = ParameterServer(servers, timeout=60.0)
     module = network(torch.float64, normalised=True, seed=rank)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology, nonfinite=nonfinite)
+    optimizer = ReplicaNewton(module.parameters(), RATES[rule], rule=rule, topology=topology, nonfinite=nonfinite)
     for failing, phase, at in glitches:
         if failing == rank:
             glitch(topology, phase, at)
@@ -108,8 +117,9 @@ def interrupted(
                 inputs[0, 0] = torch.nan
             losses.append(float(optimizer.step(topology.closure(module, cross_entropy, inputs, targets))))
             if step % 5 == 4:
-                optimizer.synchronise()
-                together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+                with optimizer.averaged():
+                    together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+                    together.append(optimizer.total(lambda: module.second.weight.detach().double().flatten()))
         optimizer.synchronise()
         together.append(optimizer.total(lambda: torch.tensor([1.0, topology.replica], dtype=torch.float64)))
         save_checkpoint(folder, 14, module, optimizer)
@@ -142,6 +152,7 @@ def lossy(
     wakes: int | None = None,
     cut_off: bool = False,
     tree: bool = False,
+    rule: str = "paper",
     **options: Any,
 ) -> dict[str, Any]:
     """Train while one process is lost, and perhaps another comes; everything that a test may want to know."""
@@ -160,7 +171,7 @@ def lossy(
     else:
         topology = ParameterServer(servers, timeout=timeout, **options)
     module = network(torch.float64, normalised=True, seed=rank)
-    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
+    optimizer = ReplicaNewton(module.parameters(), RATES[rule], rule=rule, topology=topology)
     if failing and rank in failing:
         fail_at(topology, phase, at, failing[rank])
     if cut_off:

@@ -20,8 +20,8 @@ METRIC = {"rule": "metric", "lr": 1.0}
 
 @pytest.mark.parametrize(
     ("count", "servers", "half", "options"),
-    [(3, 0, 5, {}), (4, 2, 5, {}), (2, 0, 5, METRIC), (2, 0, 28, METRIC | {"probes": {"every": 3}})],
-    ids=["tree", "servers", "metric", "probes"],
+    [(3, 0, 5, {}), (4, 2, 5, {}), (2, 0, 5, METRIC), (5, 3, 5, METRIC), (2, 0, 28, METRIC | {"probes": {"every": 3}})],
+    ids=["tree", "servers", "metric", "metric-servers", "probes"],
 )
 def test_a_run_goes_on_at_the_same_bits_and_saving_changes_none(
     count: int, servers: int, half: int, options: dict, tmp_path: Path
@@ -100,6 +100,7 @@ def test_what_the_metric_keeps_goes_on_by_other_processes(tmp_path: Path) -> Non
     run_processes(fresh(tmp_path, "3"), 3, cases.part_of_a_run, steps=range(5), save_at=5, **options)
     resumed = options | {"steps": range(5, 10), "load": True, "seed": 1}
     ends = run_processes(fresh(tmp_path, "2"), 2, cases.part_of_a_run, **resumed)
+    ends += run_processes(fresh(tmp_path, "servers"), 4, cases.part_of_a_run, servers=2, **resumed)[2:]
     whole = cases.run(Simulated(1), **(options | {"steps": range(10)}))
     for end in (*ends, cases.run(Simulated(1), **resumed)):
         torch.testing.assert_close(end["parameters"], whole["parameters"], rtol=1e-9, atol=1e-9)

@@ -25,20 +25,22 @@ def check_survivors(results: list[dict], steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "phase",
+    ("rule", "phase"),
     [
-        "before gradients",
-        "before _exchange_gradients",
-        "after gradients",
-        "before place",
-        "after place",
-        "before agree",
+        ("paper", "before gradients"),
+        ("paper", "before _exchange_gradients"),
+        ("paper", "after gradients"),
+        ("paper", "before place"),
+        ("paper", "after place"),
+        ("paper", "before agree"),
+        ("metric", "after gradients"),
+        ("metric", "before all_prepared"),
+        ("metric", "after all_prepared"),
     ],
 )
-def test_training_goes_on_without_a_worker_that_is_killed(phase: str, tmp_path: Path) -> None:
-    results = run_processes(
-        tmp_path, 2 + WORKERS, cases.lossy, lost=(3,), folder=tmp_path, servers=2, failing={3: "killed"}, phase=phase
-    )
+def test_training_goes_on_without_a_worker_that_is_killed(rule: str, phase: str, tmp_path: Path) -> None:
+    options = {"folder": tmp_path, "servers": 2, "failing": {3: "killed"}, "phase": phase, "rule": rule}
+    results = run_processes(tmp_path, 2 + WORKERS, cases.lossy, lost=(3,), **options)
     left = [results[2], results[4]]
     check_survivors(left, 12)
     for result in left:
@@ -46,7 +48,8 @@ def test_training_goes_on_without_a_worker_that_is_killed(phase: str, tmp_path: 
         assert len([line for line in result["log"] if line.startswith("rank 3 is lost, noticed in ")]) == 1
 
 
-def test_a_fresh_process_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["paper", "metric"])
+def test_a_fresh_process_takes_the_place_of_one_that_is_lost(rule: str, tmp_path: Path) -> None:
     results = run_processes(
         tmp_path,
         5,
@@ -58,6 +61,7 @@ def test_a_fresh_process_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> 
         servers=2,
         failing={4: "killed"},
         newcomer=True,
+        rule=rule,
     )
     left = [results[2], results[3], results[5]]
     check_survivors(left, left[0]["steps"])
@@ -122,9 +126,10 @@ def test_without_a_server_the_run_ends_for_all(tmp_path: Path) -> None:
         assert "server 1 is lost, and its columns with it: resume from a checkpoint" in results[rank]["said"]
 
 
-# By rank (two servers, two workers), where, and after how many calls: the sixth and the twelfth synchronise, the tenth
-# is a step that is not finite, the eighteenth a sum, the twentieth a checkpoint. Some leave one server ahead of the
-# other, some leave a worker that has ended a step beside one that has not.
+# By rank (two servers, two workers), where, and after how many calls: the sixth synchronises, the seventh is a sum, as
+# are the thirteenth and the fourteenth, the eleventh is a step that is not finite, the twentieth a sum, the
+# twenty-second a checkpoint. Some leave one server ahead of the other, some leave a worker that has ended a step beside
+# one that has not.
 GLITCHES = [
     (0, "after agree", 0),
     (3, "after place", 1),
@@ -134,29 +139,52 @@ GLITCHES = [
     (1, "before said_by_server", 4),
     (2, "before place", 7),
     (1, "before place", 8),
-    (2, "before end_together", 9),
-    (1, "before whole", 11),
-    (3, "after gradients", 12),
-    (2, "before total", 17),
-    (3, "after total", 17),
-    (1, "before total", 19),
-    (0, "before end_together", 19),
+    (2, "before end_together", 10),
+    (1, "before whole", 12),
+    (3, "after gradients", 14),
+    (2, "before total", 19),
+    (3, "after total", 19),
+    (1, "before total", 21),
+    (0, "before end_together", 21),
+]
+# The same with an average between synchronising and the sum. A server that is interrupted in `all_prepared` cannot know
+# whether the other has come further.
+METRIC_GLITCHES = [
+    (0, "after agree", 0),
+    (3, "after all_prepared", 1),
+    (2, "before total", 2),
+    (1, "before prepared", 3),
+    (0, "before prepared", 4),
+    (1, "before said_by_server", 4),
+    (0, "before dealing", 6),
+    (2, "before total", 7),
+    (1, "before all_prepared", 8),
+    (1, "after all_prepared", 9),
+    (3, "before all_prepared", 10),
+    (2, "before end_together", 11),
+    (3, "after gradients", 16),
+    (2, "before total", 21),
+    (1, "before total", 23),
+    (0, "before end_together", 23),
 ]
 
 
-def test_calls_that_are_interrupted_end_as_if_they_were_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rule", "glitches"), [("paper", GLITCHES), ("metric", METRIC_GLITCHES)])
+def test_calls_that_are_interrupted_end_as_if_they_were_not(
+    rule: str, glitches: list[tuple[int, str, int]], tmp_path: Path
+) -> None:
     runs = []
-    for name, glitches in (("smooth", []), ("interrupted", GLITCHES)):
+    for name, failing in (("smooth", []), ("interrupted", glitches)):
         (tmp_path / name).mkdir()
-        folder = tmp_path / name / "checkpoints"
-        runs.append(run_processes(tmp_path / name, 4, cases.interrupted, folder=folder, servers=2, glitches=glitches))
+        options = {"folder": tmp_path / name / "checkpoints", "servers": 2, "glitches": failing, "rule": rule}
+        runs.append(run_processes(tmp_path / name, 4, cases.interrupted, **options))
     smooth, interrupted = runs
     assert smooth[2]["together"][-1].tolist() == [2.0, 1.0]
     for name, complete in (("smooth", 1), ("interrupted", 2)):
         # A checkpoint that was complete and not known to be is made again.
         assert len(list((tmp_path / name / "checkpoints").glob("*/manifest.json"))) == complete
     for ours, theirs in zip(interrupted, smooth, strict=True):
-        assert len([line for line in ours["log"] if "failed though all ranks are there" in line]) == len(GLITCHES)
+        assert len([line for line in ours["log"] if "failed though all ranks are there" in line]) == len(glitches)
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.0, abs=0.0, nan_ok=True)
         assert ours["counts"] == theirs["counts"]
     assert smooth[2]["counts"][0] == 1

@@ -46,9 +46,7 @@ def test_processes_train_as_one_process_does(count: int, options: dict, tmp_path
     ids=["2-1-kronecker", "3-2-normalised", "2-8-identity"],
 )
 def test_servers_train_as_one_process_does(workers: int, servers: int, options: dict, tmp_path: Path) -> None:
-    results = run_processes(
-        tmp_path, servers + workers, cases.train, steps=60, servers=servers, **METRIC, **options
-    )
+    results = run_processes(tmp_path, servers + workers, cases.train, steps=60, servers=servers, **METRIC, **options)
     options.pop("plain_closure", None)
     alone = cases.train(None, workers, steps=60, batched=False, **METRIC, **options)
     cases.check_parity(results[servers:], alone, 1e-10)

@@ -58,6 +58,7 @@ def save_checkpoint(
 
     Raises:
         TypeError: if `extra` could not be loaded again.
+        ValueError: if replicas are sharded; these are for `ReplicaState`.
         CheckpointError: if another process could not write its file; then none has a checkpoint.
         OSError: if this process could not.
     """
@@ -104,6 +105,7 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Optimizer)
 
     Raises:
         CheckpointError: if there are checkpoints, and all are damaged.
+        ValueError: if replicas are sharded; these are for `ReplicaState`.
     """
     topology = _topology(optimizer)
     saved = newest_checkpoint(Path(folder), topology)
@@ -122,7 +124,10 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Optimizer)
 
 
 def _topology(optimizer: Optimizer) -> Topology:
-    return optimizer.topology if isinstance(optimizer, ReplicaNewton) else Simulated(1)
+    topology = optimizer.topology if isinstance(optimizer, ReplicaNewton) else Simulated(1)
+    if getattr(topology, "shards", 1) > 1:
+        raise ValueError("sharded replicas are saved by torch.distributed.checkpoint, with ReplicaState(optimizer)")
+    return topology
 
 
 def _of_any_topology(saved: Saved) -> dict[str, Any]:

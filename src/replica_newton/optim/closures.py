@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from replica_newton.topology.buckets import local
+
 
 def no_data() -> Tensor:
     """Closure of a process without a replica, which is never called."""
@@ -24,6 +26,6 @@ def given_gradients(parameters: list[Tensor]) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        return parameters[0].new_zeros(())
+        return local(parameters[0]).new_zeros(())
 
     return closure

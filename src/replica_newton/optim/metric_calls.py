@@ -73,7 +73,7 @@ class MetricCalls(ProbeCalls):
             topology.spread_from_first([local(parameter) for parameter in parameters], "first parameters")
             self._together = True
         dealing = self._dealing(topology, metric_step, parameters)
-        mine = self._in_hand(topology, dealing, parameters)
+        mine = self._wholes(topology, dealing, parameters)
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         random_state = None if metric_step.probes is None else RandomState(parameters)
         evaluation = self._evaluate(closure, parameters, nowhere, "own")
@@ -94,13 +94,27 @@ class MetricCalls(ProbeCalls):
             self._settled()
 
         # States change in place and cannot go back: no hand moves anything before all are prepared to.
-        self._unfinished = finish
         topology.prepared(self._undo([]), stepped=True)
+        self._unfinished = finish
         topology.all_prepared()
         self._finish()
         dealing.share(mine, parameters)
 
-    def _in_hand(self, topology: Processes, dealing: Dealing, parameters: list[Tensor]) -> list[Tensor]:
+    def in_hand(self) -> list[tuple[int, Tensor]]:
+        """What this process moves with the rule "metric"; called by all processes.
+
+        Returns:
+            Numbers of the parameters, over all groups, and the parameters.
+        """
+        numbered = enumerate(p for group in self.param_groups for p in group["params"])
+        trained = [(i, p) for i, p in numbered if p.requires_grad]
+        if not isinstance(self.topology, Processes) or self.metric_step is None:
+            return trained
+        parameters = [p for _, p in trained]
+        self.topology.lay_out(parameters)
+        return [trained[place] for place in self._dealing(self.topology, self.metric_step, parameters).mine]
+
+    def _wholes(self, topology: Processes, dealing: Dealing, parameters: list[Tensor]) -> list[Tensor]:
         """The parameters in this process's hands, whole: those of the module, or what is kept beside its shards."""
         if topology.shards == 1:
             return [parameters[place] for place in dealing.mine]
@@ -139,7 +153,7 @@ class MetricCalls(ProbeCalls):
         if self._together:
             topology.lay_out(parameters)
             dealing = self._dealing(topology, metric_step, parameters)
-            dealing.share(self._in_hand(topology, dealing, parameters), parameters)
+            dealing.share(self._wholes(topology, dealing, parameters), parameters)
             if self._at_average:
                 # Who is inside `averaged` stands there; all must take part.
                 with nullcontext() if self._averaging else _put_back(parameters):
@@ -185,7 +199,7 @@ class MetricCalls(ProbeCalls):
         if isinstance(self.topology, Processes):
             self.topology.lay_out(parameters)
             dealing = self._dealing(self.topology, self.metric_step, parameters)
-            mine = self._in_hand(self.topology, dealing, parameters)
+            mine = self._wholes(self.topology, dealing, parameters)
             averages = [
                 self.state.get(parameters[place], {}).get("average", whole)
                 for place, whole in zip(dealing.mine, mine, strict=True)

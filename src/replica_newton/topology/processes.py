@@ -145,6 +145,11 @@ class Processes(LastingMembers):
         return self._workers.index(self._all.rank) if self.is_worker else None
 
     @property
+    def shard(self) -> int | None:
+        """Which shard of the replica is in this process, from 0; None where replicas are whole."""
+        return None if self._across is None else self._across.rank
+
+    @property
     def workers(self) -> list[int]:
         """Names of the workers, by replica: their ranks."""
         return self._workers

@@ -94,6 +94,6 @@ METHODS: dict[str, Method] = {
         1.0,
         False,
         lambda w, rate, topology: ReplicaNewton(w, rate, rule="metric", topology=topology),
-        ("simulated", "tree"),
+        EVERYWHERE,
     ),
 }
