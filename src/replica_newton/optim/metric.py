@@ -196,17 +196,17 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix, by ascending eigenvalue.
-
-    In fp32 LAPACK's divide and conquer as built by MKL fails, or returns nan and says nothing, on a sixth of all
-    matrices of low rank with many zeros, which is what units that do not fire make of a factor. In fp64 it has not been
-    seen to.
-    """
+    """Eigenvectors of a symmetric matrix, by ascending eigenvalue."""
+    # In fp32 LAPACK's divide and conquer as built by MKL fails, or returns nan and says nothing, on a sixth of all
+    # matrices of low rank with many zeros, which is what units that do not fire make of a factor. In fp64 it has not
+    # been seen to.
+    vectors: Tensor
     with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         vectors = torch.linalg.eigh(factor).eigenvectors
         if bool(vectors.isfinite().all()):
             return vectors
-    return torch.linalg.eigh(factor.double()).eigenvectors.to(factor.dtype)
+    vectors = torch.linalg.eigh(factor.double()).eigenvectors
+    return vectors.to(factor.dtype)
 
 
 def _kept(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
