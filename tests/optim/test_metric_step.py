@@ -13,7 +13,7 @@ from networks import Problem, closure_of, flat, train, trained
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from replica_newton import LocalStep, ReplicaNewton, Simulated
+from replica_newton import LocalStep, PairedProbes, ReplicaNewton, Simulated
 from replica_newton.optim.metric import MetricName
 from replica_newton.training.datasets import load_dataset
 
@@ -242,12 +242,12 @@ def test_options_without_a_meaning_are_refused(options: dict[str, object], messa
         ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", **options)
 
 
-def test_other_topologies_of_processes_are_refused_before_anything_starts():
+def test_probes_over_other_topologies_of_processes_are_refused_before_anything_starts():
     class Distributed(Simulated):
         distributed = True
 
     with pytest.raises(ValueError, match="needs one process or a TreeReduction of whole replicas"):
-        ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", topology=Distributed(2))
+        ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", topology=Distributed(2), spread=PairedProbes())
 
 
 def test_a_sparse_gradient_is_refused_before_anything_moves():

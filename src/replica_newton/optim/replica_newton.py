@@ -64,9 +64,10 @@ class ReplicaNewton(MetricCalls):
             to the rate that is found, for the rule "metric", and 0.1 for the others.
         rule: the metric's step, or the inverse that the step uses.
         metric: coordinates of the rule "metric".
-        topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` in a process each.
-            `Simulated(1)`, the default, has no curvature: plain SGD but for the rule "metric". That one takes either of
-            these, and over processes each of them moves the parameters that are dealt to it (see `Dealing`).
+        topology: where the replicas live: `Simulated(M)` in this process, `TreeReduction()` or `ParameterServer()` in a
+            process each.
+            `Simulated(1)`, the default, has no curvature: plain SGD but for the rule "metric". Over processes, with
+            that rule each of them, or each server, moves the parameters that are dealt to it (see `Dealing`).
         spread: where the replicas stand for the next step; for the rule "metric" None or `PairedProbes`.
         secant_data: gradients that the secants compare: those of own shards, or of one common shard.
         damping: λ ≥ 0, in units of the Hessian: the inverse is that of `Ĥ + λ I` (of `|Ĥ| + λ I`).
