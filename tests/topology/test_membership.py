@@ -62,6 +62,7 @@ def test_a_fresh_process_takes_the_place_of_one_that_is_lost(rule: str, tmp_path
         failing={4: "killed"},
         newcomer=True,
         rule=rule,
+        phase="before gradients",
     )
     left = [results[2], results[3], results[5]]
     check_survivors(left, left[0]["steps"])

@@ -11,7 +11,7 @@ from processes import run_processes
 from replica_newton import PairedProbes
 from replica_newton.optim.metric import Metric
 from replica_newton.topology.buckets import Buckets
-from replica_newton.topology.dealing import deal
+from replica_newton.topology.dealing import deal, is_even
 
 METRIC = {"rule": "metric", "lr": 1.0}
 SIZES = [p.numel() for p in cases.network(torch.float64).parameters()]
@@ -78,8 +78,8 @@ def test_sharded_parameters_in_bf16_are_kept_in_fp32(tmp_path: Path) -> None:
         assert torch.equal(result["parameters"], results[0]["parameters"])
 
 
-def test_a_step_sends_hardly_more_than_an_all_reduce(tmp_path: Path) -> None:
-    count = 4
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_step_sends_what_an_all_reduce_does(count: int, tmp_path: Path) -> None:
     runs = []
     for steps in (3, 5):
         (tmp_path / str(steps)).mkdir()
@@ -89,10 +89,24 @@ def test_a_step_sends_hardly_more_than_an_all_reduce(tmp_path: Path) -> None:
         for short, long in zip(*runs, strict=True)
     ]
     N = sum(SIZES)
-    width = -(-N // count)
-    assert all(one["gradients"] == (count - 1) * width and one["mean gradient"] <= width for one in sent)
     assert sum(one["parameters"] for one in sent) == (count - 1) * N
     assert all(one["inner products"] < 12 * count for one in sent)
+    if count == 2:
+        assert sum(one["gradients"] for one in sent) == (count - 1) * N
+    else:
+        # The first layer has more than twice a fourth of all elements: gradients go by columns, their mean goes on.
+        width = -(-N // count)
+        assert all(one["gradients"] == (count - 1) * width and one["mean gradient"] <= width for one in sent)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dealt", "hands", "even"),
+    [([3, 3], [0, 1], 2, True), ([5, 1], [0, 1], 2, True), ([5, 1, 1], [0, 1, 2], 3, False), ([], [], 4, True)],
+)
+def test_gradients_go_to_hands_at_once_if_none_has_much_more(
+    sizes: list[int], dealt: list[int], hands: int, even: bool
+) -> None:
+    assert is_even(sizes, dealt, hands) is even
 
 
 @pytest.mark.parametrize(

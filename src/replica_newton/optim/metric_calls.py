@@ -76,7 +76,7 @@ class MetricCalls(ProbeCalls):
         mine = self._wholes(topology, dealing, parameters)
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         random_state = None if metric_step.probes is None else RandomState(parameters)
-        evaluation = self._evaluate(closure, parameters, nowhere, "own")
+        evaluation = self._evaluate(closure, parameters, nowhere, "own", dealing)
         if metric_step.probes is not None and random_state is not None:
             metric_step.probes.attach(self._held(metric_step.probes, dealing))
             self._probe_over(metric_step, dealing, closure, parameters, random_state, evaluation.report.total)
@@ -229,11 +229,22 @@ class MetricCalls(ProbeCalls):
             if p.requires_grad
         }
 
-    def _evaluate(self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, data: Data) -> Evaluation:
+    def _evaluate(
+        self,
+        closure: Callable[[], Tensor],
+        parameters: list[Tensor],
+        W: Tensor,
+        data: Data,
+        dealing: Dealing | None = None,
+    ) -> Evaluation:
         """Losses and gradients of what is minimised: negated if a group maximizes."""
         self._evaluated = True
-        losses, gradients = self.topology.gradients(closure, parameters, W, data)
-        gradients = self._signed(gradients.to(W.dtype), parameters)
+        if dealing is not None and isinstance(self.topology, Processes):
+            losses, gradients = self.topology.gradients(closure, parameters, W, data, dealing)
+        else:
+            losses, gradients = self.topology.gradients(closure, parameters, W, data)
+        part = dealing.part if dealing is not None and dealing.direct else None
+        gradients = self._signed(gradients.to(W.dtype), parameters, part)
         mean = gradients.mean(dim=0)
         with_norm = self.max_norm is not None and data == "own"
         return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))

@@ -130,10 +130,12 @@ class ProbeCalls(Calls):
             trained[0].device,
         )
 
-    def _signed(self, gradients: Tensor, parameters: list[Tensor]) -> Tensor:
+    def _signed(
+        self, gradients: Tensor, parameters: list[Tensor], part: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Gradients of what is minimised, in place."""
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
-        return gradients if set(signs) == {1.0} else gradients.mul_(self._by_element(parameters, signs))
+        return gradients if set(signs) == {1.0} else gradients.mul_(self._by_element(parameters, signs, part))
 
     def _signed_row(self, row: Tensor, parameters: list[Tensor]) -> Tensor:
         """A whole row of what is minimised, also where columns are held."""
@@ -146,8 +148,10 @@ class ProbeCalls(Calls):
         pieces = torch.split(row, [p.numel() for p in parameters])
         return torch.cat([piece * sign for piece, sign in zip(pieces, signs, strict=True)])
 
-    def _by_element(self, parameters: list[Tensor], by_group: list[float]) -> Tensor | float:
-        """A number of every group: one for all, or for every column held here, `(n,)`, where groups differ."""
+    def _by_element(
+        self, parameters: list[Tensor], by_group: list[float], part: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | float:
+        """A number of every group: one for all, or for every column or element held here, where groups differ."""
         if len(set(by_group)) == 1:
             return by_group[0]
         elements = torch.cat(
@@ -158,4 +162,4 @@ class ProbeCalls(Calls):
                 if p.requires_grad
             ]
         )
-        return self.topology.part(elements)
+        return (part or self.topology.part)(elements)

@@ -170,11 +170,23 @@ class Buckets:
         return part
 
 
-Exchange = Callable[[Tensor, Bucket], Callable[[], Tensor]]
-"""Starts the all-to-all of one bucket, `(H, w)`; what it returns waits for the rows of all replicas, `(M, w)`."""
+Arrival = Callable[[], Tensor]
+"""Waits for what has come of one bucket, a row of each replica."""
 
 
-def joined(started: list[Callable[[], Tensor]], buckets: Buckets) -> Tensor:
+class Route(NamedTuple):
+    """How gradients travel: what starts those of a bucket, and what puts together what has come of all buckets.
+
+    Attributes:
+        start: given a bucket and the gradients in it, none in a process without a replica.
+        join: given the arrivals of all buckets, which it empties, so that nothing holds on to what has travelled.
+    """
+
+    start: Callable[[Bucket, Sequence[Tensor]], Arrival]
+    join: Callable[[list[Arrival]], Tensor]
+
+
+def joined(started: list[Arrival], buckets: Buckets) -> Tensor:
     """The columns of all buckets beside each other.
 
     Args:
@@ -207,7 +219,7 @@ class GradientExchange:
     Args:
         parameters: whose gradients are wanted.
         buckets: their partition.
-        exchange: starts the all-to-all of a bucket.
+        route: how they travel.
         postponed: whether a gradient that comes now is not the last word; see `Processes.no_sync`.
 
     Source:
@@ -215,19 +227,18 @@ class GradientExchange:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], buckets: Buckets, exchange: Exchange, postponed: Callable[[], bool]
+        self, parameters: Sequence[Tensor], buckets: Buckets, route: Route, postponed: Callable[[], bool]
     ) -> None:
         self._parameters = parameters
-        self._partition = buckets
         self._buckets = list(buckets)
-        self._exchange = exchange
+        self._route = route
         self._postponed = postponed
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         places = [range(len(parameters))[bucket.parameters] for bucket in buckets]
         self._bucket_of = {place: number for number, inside in enumerate(places) for place in inside}
         self._missing = [len(inside) for inside in places]
         self._ready: dict[int, tuple[Tensor, int]] = {}
-        self._started: list[Callable[[], Tensor]] = []
+        self._started: list[Arrival] = []
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "GradientExchange":
@@ -238,11 +249,11 @@ class GradientExchange:
         for hook in self._hooks:
             hook.remove()
 
-    def columns(self) -> Tensor:
-        """The columns held here of all rows.
+    def arrived(self) -> Tensor:
+        """What has come here of all rows.
 
         Returns:
-            `(M, n)`; columns beyond N are zero.
+            `(M, n)`, as the route puts it together.
 
         Raises:
             ValueError: if a gradient is sparse.
@@ -251,7 +262,7 @@ class GradientExchange:
         for bucket in self._buckets[len(self._started) :]:
             self._start(bucket)
         # All have been sent by now, so whatever is wrong here leaves the others nothing to wait for.
-        columns = joined(self._started, self._partition)
+        arrived = self._route.join(self._started)
         for place, (gradient, version) in self._ready.items():
             if self._parameters[place].grad is not gradient or local(gradient)._version != version:
                 raise RuntimeError(
@@ -259,7 +270,7 @@ class GradientExchange:
                     "if gradients are changed after them, in `with topology.no_sync():`, and those of a module in "
                     "DistributedDataParallel in `with module.no_sync():`"
                 )
-        return columns
+        return arrived
 
     def _note(self, parameter: Tensor) -> None:
         """A gradient is there."""
@@ -276,7 +287,7 @@ class GradientExchange:
     def _start(self, bucket: Bucket) -> None:
         """Send the next bucket."""
         pieces = [_gradient(parameter) for parameter in self._parameters[bucket.parameters]]
-        self._started.append(self._exchange(self._partition.split(bucket, pieces), bucket))
+        self._started.append(self._route.start(bucket, pieces))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

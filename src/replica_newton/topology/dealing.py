@@ -1,5 +1,6 @@
 """Whole parameters dealt out to processes: for work on them that cannot be shared by columns."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from replica_newton.topology.buckets import Buckets, Piece, local
+from replica_newton.topology.buckets import Arrival, Bucket, Buckets, Piece, Route, local
 from replica_newton.topology.collectives import Collectives
 
 
@@ -33,6 +34,26 @@ def deal(work: Sequence[float], hands: int) -> list[int]:
         loads[hand] += one
         dealt.append(hand)
     return dealt
+
+
+def is_even(sizes: Sequence[int], dealt: Sequence[int], hands: int) -> bool:
+    """Whether no hand has more than twice its share of the elements.
+
+    A hand that receives whole gradients receives them from all replicas. One that has most of a model, an embedding
+    say, would need the memory, and the time on its wire, of M models, where columns take those of one.
+
+    Args:
+        sizes: elements of every parameter.
+        dealt: whose hand has it.
+        hands: how many there are.
+
+    Returns:
+        True also where there are no elements.
+    """
+    elements: Counter[int] = Counter()
+    for size, hand in zip(sizes, dealt, strict=True):
+        elements[hand] += size
+    return hands * max(elements.values(), default=0) <= 2 * sum(sizes)
 
 
 class Held(NamedTuple):
@@ -100,13 +121,15 @@ def held_in_shards(
 class Dealing:
     """Parameters, each in the hands of one process, and how they come there and back.
 
-    Together with the exchange of gradients that gives every holder its columns of their mean, a step sends, where N
-    elements are shared by H holders, and each of P processes has a whole replica or a shard of one,
+    Where no hand has much more than others, a step sends what an all-reduce does:
 
-        mean gradient  columns, n               → parameters dealt        at most N/H, or a shard's share of it
-        parameters     of a process's hand      → modules of the others   all that they have of its hand
+        gradients      row m, N elements        → in a process's hand     all but its own hand, N (M−1)/M on average
+        parameters     of a process's hand      → modules of the others   all that they have of it, N (M−1)/M on average
 
-    and a probe, of which every process has one row of directions and one of responses,
+    Otherwise, and where replicas are sharded, gradients go to the H holders of columns first, which costs the way of
+    their mean from there, at most N/H.
+
+    A probe, of which every process has one row of directions and one of responses, sends
 
         directions     in a process's hand      → row m, N elements       (M−1) times its hand, N (M−1)/M on average
         responses      row m, N elements        → in a process's hand     all but its own hand, N (M−1)/M on average
@@ -117,6 +140,7 @@ class Dealing:
         hands: rank of the process that has a parameter, for each.
         sizes: elements of every parameter.
         dtype: in which vectors travel.
+        direct: whether gradients go to the hands at once.
     """
 
     collectives: Collectives
@@ -124,21 +148,66 @@ class Dealing:
     hands: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    direct: bool
 
     @cached_property
     def mine(self) -> list[int]:
         """Places of the parameters in this process's hands."""
         return self._places[self.collectives.rank]
 
+    def route(self, collectives: Collectives, nothing: Tensor) -> Route:
+        """The way of gradients from all replicas to the hands of their parameters, where it is direct.
+
+        Args:
+            collectives: of the same processes, for gradients alone.
+            nothing: `(0,)`, what a process without a replica sends.
+
+        Returns:
+            The route; what arrives is `(M, k)`, of the k elements of `mine`.
+        """
+        everyone, rank = range(collectives.size), collectives.rank
+        workers = [by for by in everyone if any(map(_length, self.held[by].module))]
+
+        def start(bucket: Bucket, pieces: Sequence[Tensor]) -> Arrival:
+            inside = range(len(self.sizes))[bucket.parameters]
+            dealt = [[place for place in inside if self.hands[place] == to] for to in everyone]
+            counts = [sum(self.sizes[place] for place in places) for places in dealt]
+            flat = {place: piece.reshape(-1).to(self.dtype) for place, piece in zip(inside, pieces, strict=False)}
+            sent = torch.cat([nothing, *(flat[place] for places in dealt for place in places if flat)])
+            outgoing = [count if flat else 0 for count in counts]
+            incoming = [counts[rank] if by in workers else 0 for by in everyone]
+            wait = collectives.start_all_to_all(sent, outgoing, incoming, "gradients")
+            return lambda: wait().view(len(workers), counts[rank])
+
+        def join(started: list[Arrival]) -> Tensor:
+            # Buckets follow each other from the last parameters to the first.
+            return torch.cat([started.pop()() for _ in range(len(started))], dim=1)
+
+        return Route(start, join)
+
+    def part(self, vector: Tensor) -> Tensor:
+        """The elements of a vector that this process has in its hands.
+
+        Args:
+            vector: `(N,)`, the same in all processes.
+
+        Returns:
+            `(k,)`, of the elements of `mine`.
+        """
+        pieces = torch.split(vector, list(self.sizes))
+        return torch.cat([vector[:0], *(pieces[place] for place in self.mine)])
+
     def collect(self, columns: Tensor) -> list[Tensor]:
         """Bring the elements of a vector together where their parameters are dealt to.
 
         Args:
-            columns: `(n,)`, those held here.
+            columns: `(n,)`, those held here; of gradients that have come directly, the elements of `mine`.
 
         Returns:
             The elements of `mine`, each flat.
         """
+        if self.direct:
+            return list(torch.split(columns, [self.sizes[place] for place in self.mine]))
         leaving, coming = self._routes
         sent = torch.cat([columns[:0], *(columns[one.columns] for to in leaving for one in to)])
         outgoing, incoming = ([sum(_length(one.elements) for one in of) for of in by] for by in (leaving, coming))

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -11,9 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from replica_newton.topology.buckets import BUCKET_BYTES, Bucket, Buckets, GradientExchange, joined, local, write
+from replica_newton.topology.buckets import (
+    BUCKET_BYTES,
+    Arrival,
+    Bucket,
+    Buckets,
+    GradientExchange,
+    Route,
+    joined,
+    local,
+    write,
+)
 from replica_newton.topology.collectives import Collectives
-from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_whole
+from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_whole, is_even
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import (
@@ -281,7 +291,12 @@ class Processes(LastingMembers):
             yield arrived()
 
     def gradients(
-        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data
+        self,
+        closure: Callable[[], Tensor],
+        parameters: Sequence[Tensor],
+        displacements: Tensor,
+        data: Data,
+        dealing: Dealing | None = None,
     ) -> ReplicaGradients:
         """This process's share of the losses, and the columns that it holds of the gradients.
 
@@ -290,6 +305,7 @@ class Processes(LastingMembers):
             parameters: whose gradients are wanted; those without get zeros. The module stands where its replica does.
             displacements: `(M, n)` columns.
             data: own shards, or that of the first replica for all.
+            dealing: in place of columns, gradients go to the hands of their parameters, if it is direct.
 
         Returns:
             Losses `(M,)`, zero but for (a shard's part in) that of the local replica, and gradients `(M, n)`; columns
@@ -302,11 +318,14 @@ class Processes(LastingMembers):
         if data == "common" and self.is_worker and not isinstance(closure, LocalClosure):
             raise TypeError("common data need a closure from topology.closure(module, criterion, inputs, targets)")
         losses = torch.zeros(self.replicas, dtype=torch.float64)
+        nothing = displacements.new_empty(0, dtype=self._buckets.dtype)
+        if dealing is not None and dealing.direct:
+            route = dealing.route(self._for_gradients, nothing)
+        else:
+            route = Route(partial(self._start_columns, nothing), partial(joined, buckets=self._buckets))
         if not self.is_worker:
-            nothing = displacements.new_empty(0, dtype=self._buckets.dtype)
-            started = [self._exchange_gradients(nothing, bucket) for bucket in self._buckets]
-            return ReplicaGradients(losses, joined(started, self._buckets))
-        exchange = GradientExchange(parameters, self._buckets, self._exchange_gradients, lambda: self._postponed)
+            return ReplicaGradients(losses, route.join([route.start(bucket, ()) for bucket in self._buckets]))
+        exchange = GradientExchange(parameters, self._buckets, route, lambda: self._postponed)
         for parameter in parameters:
             parameter.grad = None
         try:
@@ -316,9 +335,12 @@ class Processes(LastingMembers):
             self._all.tell_why(error)
             raise
         losses[self._local] = torch.as_tensor(loss).detach().to(losses) / self.shards
-        return ReplicaGradients(losses, exchange.columns())
+        return ReplicaGradients(losses, exchange.arrived())
 
-    def _exchange_gradients(self, rows: Tensor, bucket: Bucket) -> Callable[[], Tensor]:
+    def _start_columns(self, nothing: Tensor, bucket: Bucket, pieces: Sequence[Tensor]) -> Arrival:
+        return self._exchange_gradients(self._buckets.split(bucket, pieces) if pieces else nothing, bucket)
+
+    def _exchange_gradients(self, rows: Tensor, bucket: Bucket) -> Arrival:
         return self._for_gradients.start_exchange(rows, self._workers, self._holders, bucket.width, "gradients")
 
     def part(self, vector: Tensor) -> Tensor:
@@ -372,8 +394,9 @@ class Processes(LastingMembers):
         ranks = tuple(self.hands[hand] for hand in hands)
         if self._dealt is None or self._dealt[0] is not self._buckets or self._dealt[1].hands != ranks:
             sizes = tuple(parameter.numel() for parameter in parameters)
-            held = tuple(self._held(parameters))
-            self._dealt = self._buckets, Dealing(self._of_all_shards, held, ranks, sizes, self._buckets.dtype)
+            held, everyone = tuple(self._held(parameters)), self._of_all_shards
+            direct = self._across is None and is_even(sizes, ranks, len(self.hands))
+            self._dealt = self._buckets, Dealing(everyone, held, ranks, sizes, self._buckets.dtype, direct)
         return self._dealt[1]
 
     def _held(self, parameters: Sequence[Tensor]) -> list[Held]:
