@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replica_newton import CurvatureMonitor, Simulated, TreeReduction
+from replica_newton.training.datasets import load_dataset
+from replica_newton.training.loop import train
+from replica_newton.training.run import RunConfig, RunState
+from replica_newton.training.watch import CurvatureWatch
 
 SAMPLES = 24
 
@@ -114,3 +118,32 @@ def not_finite(rank: int, count: int) -> list[str]:
         except FloatingPointError as error:
             said.append(str(error))
     return said
+
+
+class Silent:
+    """Observer that keeps nothing."""
+
+    def start_run(self, _: str, **__: int) -> None:
+        """See `Observer`."""
+
+    def step(self, **_: float | None) -> None:
+        """See `Observer`."""
+
+    def finish_epoch(self, **_: float) -> None:
+        """See `Observer`."""
+
+    def finish_run(self) -> None:
+        """See `Observer`."""
+
+
+def watched_training(rank: int, count: int) -> tuple[Any, Any, list[Any]]:
+    """Parameters after a run that is not watched and after one that is, and what was seen: replicas stand apart."""
+    del rank
+    seen: list[Any] = []
+    config = RunConfig("digits", "paper-common", epochs=2, batch_size=24, replicas=count, topology="tree")
+    ends = []
+    for watch in (None, CurvatureWatch(2, lambda step, what: seen.append((step, what)))):
+        state = RunState(config)
+        train(state, load_dataset("digits", train_limit=96), None, Silent(), watch, topology=TreeReduction())
+        ends.append(state.model)
+    return *ends, seen

@@ -1,9 +1,12 @@
 """What looks on while a run trains: it changes nothing, and says at which step it saw what."""
 
 from dataclasses import asdict
+from pathlib import Path
 
+import cases_monitor
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 
 from replica_newton.training.datasets import Dataset, load_dataset
@@ -56,6 +59,17 @@ def test_a_watched_run_is_the_same_bit_for_bit(method: str, digits: Dataset):
         assert asdict(left) | {"seconds": 0.0} == asdict(right) | {"seconds": 0.0}
     assert [step for step, _ in seen] == [1, 3, 5, 7]
     assert all(len(what.eigenvalues) == RANK for _, what in seen)
+
+
+def test_a_run_over_processes_is_watched_by_all_of_them(tmp_path: Path):
+    results = run_processes(tmp_path, 3, cases_monitor.watched_training)
+    for alone, watched, seen in results:
+        assert all(torch.equal(watched[name], value) for name, value in alone.items())
+        assert [step for step, _ in seen] == [1, 3, 5, 7]
+        for (_, ours), (_, first) in zip(seen, results[0][2], strict=True):
+            assert torch.equal(ours.eigenvalues, first.eigenvalues)
+            assert ours.gradient_noise_scale == first.gradient_noise_scale > 0.0
+        assert len(seen[-1][1].eigenvalues) == RANK
 
 
 def test_a_resumed_run_goes_on_with_the_number_of_its_steps(digits: Dataset):

@@ -127,8 +127,8 @@ def train(
     folder = out or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} must be a folder, got a file")
-    if monitor is not None and topology is not Where.simulated:
-        raise RunError(f"monitor must go with --topology simulated, got {topology}")
+    if monitor is not None and topology is Where.server:
+        raise RunError(f"monitor must go with --topology simulated or tree, got {topology}")
     check_trackers(tracker or [])
 
     def saved(of: Simulated | Processes | None = None) -> RunState:
@@ -157,7 +157,7 @@ def train(
         completed = len(state.history) * (len(loaded.train_labels) // config.batch_size) + state.progress.steps
         trackers = tracker if tracker and speaks else []
         with (
-            watching(folder, completed, monitor=monitor, trackers=trackers) as looking_on,
+            watching(folder, completed, monitor=monitor, trackers=trackers, speaks=speaks) as looking_on,
             GracefulExit() as graceful,
             _progress(console, looking_on.panel) as progress,
         ):
@@ -178,7 +178,7 @@ def train(
             if graceful.leaving and speaks:
                 sys.stderr.write(f"replica-newton: terminated in epoch {len(state.history) + 1}; go on by --resume\n")
         console.print(f"Metrics: {folder / METRICS}", highlight=False, soft_wrap=True)
-        drawn = report_curvature(config, folder, environment()) if monitor is not None else None
+        drawn = report_curvature(config, folder, environment()) if monitor is not None and speaks else None
         if drawn is not None:
             console.print(f"Curvature: {drawn}", highlight=False, soft_wrap=True)
 

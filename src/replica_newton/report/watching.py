@@ -63,7 +63,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def watching(folder: Path, completed_steps: int, *, monitor: int | None, trackers: Sequence[str]) -> Iterator[Watching]:
+def watching(
+    folder: Path, completed_steps: int, *, monitor: int | None, trackers: Sequence[str], speaks: bool = True
+) -> Iterator[Watching]:
     """Open what looks on, and close it at the end.
 
     Args:
@@ -71,6 +73,8 @@ def watching(folder: Path, completed_steps: int, *, monitor: int | None, tracker
         completed_steps: steps taken before.
         monitor: steps from one probe to the next, None for no monitor.
         trackers: names of those to log to.
+        speaks: whether this process shows and writes what is seen; of several one does, and the others look on only
+            because probes need all of them.
 
     Yields:
         What looks on.
@@ -81,6 +85,9 @@ def watching(folder: Path, completed_steps: int, *, monitor: int | None, tracker
         ]
         if monitor is None:
             yield Watching(opened, None, None)
+            return
+        if not speaks:
+            yield Watching(opened, None, CurvatureWatch(monitor, lambda *_: None))
             return
         lines = JsonLinesTracker(folder / CURVATURE, first_step=completed_steps)
         logs: list[Tracker] = [stack.enter_context(closing(lines)), *opened]

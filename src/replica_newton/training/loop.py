@@ -45,7 +45,9 @@ class Observer(Protocol):
 class Watch(Protocol):
     """What looks at the model before every step and leaves it as it was; `training.watch.CurvatureWatch` is one."""
 
-    def start(self, model: nn.Module, optimizer: Optimizer, completed_steps: int) -> None:
+    def start(
+        self, model: nn.Module, optimizer: Optimizer, completed_steps: int, topology: Simulated | Processes
+    ) -> None:
         """A run starts or goes on."""
 
     def observe(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -108,7 +110,7 @@ def train(
     completed = len(state.history) * steps_per_epoch + state.progress.steps
     observer.start_run(config.label, epochs=config.epochs, steps_per_epoch=steps_per_epoch, completed_steps=completed)
     if watch is not None:
-        watch.start(model, optimizer, completed)
+        watch.start(model, optimizer, completed, topology)
     left = False
     while not state.finished and not left:
         left = _train_epoch(state, dataset, model, topology, optimizer, observer, watch, leave)

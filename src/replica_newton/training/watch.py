@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from replica_newton.monitor import CurvatureMonitor, CurvatureObservation
-from replica_newton.topology import Simulated
+from replica_newton.optim import ReplicaNewton
+from replica_newton.topology import LocalClosure, ReplicaClosure, Simulated, Topology, TreeReduction
 from replica_newton.trackers import Tracker
 from replica_newton.training.loop import Observer
 
@@ -21,7 +22,8 @@ Report = Callable[[int, CurvatureObservation], None]
 class CurvatureWatch:
     """A `CurvatureMonitor` over the batches that a run trains on; the run itself stays as it is, bit for bit.
 
-    As many replicas as divide the batch, at most 8, probe a direction each, on their own shards.
+    As many replicas as divide the batch, at most 8, probe a direction each, on their own shards; over a tree, all of
+    its replicas, each in its process.
 
     Args:
         every: steps from one probe to the next.
@@ -36,17 +38,23 @@ class CurvatureWatch:
             raise ValueError(f"{every=} must be >= 1")
         self._every, self._report = every, report
         self._monitor: CurvatureMonitor | None = None
+        self._optimizer: Optimizer | None = None
         self._step = 0
 
-    def start(self, model: nn.Module, optimizer: Optimizer, completed_steps: int) -> None:
+    def start(
+        self, model: nn.Module, optimizer: Optimizer, completed_steps: int, topology: Topology | None = None
+    ) -> None:
         """A run starts or goes on; the tracked space begins anew.
 
         Args:
             model: that is trained.
             optimizer: by which.
             completed_steps: steps taken before.
+            topology: of the processes, all of which call this; None for one alone.
         """
-        self._monitor = CurvatureMonitor(model, rank=RANK, every=self._every, optimizer=optimizer)
+        tree = topology if isinstance(topology, TreeReduction) else None
+        self._monitor = CurvatureMonitor(model, rank=RANK, every=self._every, optimizer=optimizer, topology=tree)
+        self._optimizer = optimizer
         self._step = completed_steps
 
     def observe(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -54,20 +62,31 @@ class CurvatureWatch:
 
         Args:
             model: that is trained.
-            inputs: of the batch.
+            inputs: of the batch; of several processes, of this one's part.
             targets: of the batch.
         """
-        if self._monitor is not None:
+        if self._monitor is None:
+            return
+        try:
+            seen = self._monitor.observe(self._closure(self._monitor, model, inputs, targets))
+        except FloatingPointError as error:  # the run itself will find out, or survive
+            logger.warning("no curvature: %s", error)
+            seen = None
+        self._step += 1
+        if seen is not None:
+            self._report(self._step, seen)
+
+    def _closure(
+        self, monitor: CurvatureMonitor, model: nn.Module, inputs: Tensor, targets: Tensor
+    ) -> ReplicaClosure | LocalClosure:
+        """The replicas that probe, all at the same parameters."""
+        loss = nn.functional.cross_entropy
+        if not isinstance(monitor.topology, TreeReduction):
             replicas = max(m for m in range(1, RANK + 1) if len(targets) % m == 0)
-            closure = Simulated(replicas).closure(model, nn.functional.cross_entropy, inputs, targets)
-            try:
-                seen = self._monitor.observe(closure)
-            except FloatingPointError as error:  # the run itself will find out, or survive
-                logger.warning("no curvature: %s", error)
-                seen = None
-            self._step += 1
-            if seen is not None:
-                self._report(self._step, seen)
+            return Simulated(replicas).closure(model, loss, inputs, targets)
+        if monitor.steps % monitor.every == 0 and isinstance(self._optimizer, ReplicaNewton):
+            self._optimizer.synchronise()  # the step that follows parts them again, to the bits where they were
+        return monitor.topology.closure(model, loss, inputs, targets)
 
 
 class TrackedRun:
