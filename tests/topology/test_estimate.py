@@ -29,13 +29,39 @@ def test_estimates_are_what_is_counted(replicas: int, servers: int, tmp_path: Pa
         assert loads[role].state == 8 * after["state"]
 
 
-def test_a_tree_sends_what_an_all_reduce_does_at_any_size() -> None:
+@pytest.mark.parametrize(("replicas", "servers"), [(3, 0), (2, 2)])
+def test_estimates_of_the_metric_are_what_is_counted(replicas: int, servers: int, tmp_path: Path) -> None:
+    counted = []
+    for steps in (10, 30):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        options = {"steps": steps, "servers": servers, "rule": "metric", "metric": "diagonal"}
+        counted.append(run_processes(folder, replicas + servers, cases.train, **options))
+    kind = "server" if servers else "tree"
+    loads = {
+        load.role: load for load in estimate(kind, SIZE, replicas, servers=max(servers, 1), element=8, rule="metric")
+    }
+    sent, state = dict.fromkeys(loads, 0.0), dict.fromkeys(loads, 0)
+    for rank, (before, after) in enumerate(zip(*counted, strict=True)):
+        role = "server" if rank < servers else "worker" if servers else "process"
+        by_phase = {phase: 8 * (after["sent"][phase] - before["sent"][phase]) / 20 for phase in after["sent"]}
+        assert loads[role].sums_sent == by_phase["inner products"]
+        sent[role] += by_phase["gradients"] + by_phase["parameters"]
+        state[role] += 8 * after["state"]
+    for role, load in loads.items():
+        assert sent[role] == pytest.approx(load.sent * load.processes, abs=load.processes)
+        # The scale of every parameter, and what is rounded up.
+        assert state[role] == pytest.approx(load.state * load.processes, abs=8 * 6 + 5 * 8 * load.processes)
+
+
+@pytest.mark.parametrize(("rule", "floats"), [("paper", 2), ("metric", 5)])
+def test_a_tree_sends_what_an_all_reduce_does_at_any_size(rule: str, floats: int) -> None:
     for parameters in (16_358, 1_000_000, 25_000_000):
         for replicas in (2, 4, 8, 64):
-            (load,) = estimate("tree", parameters, replicas)
+            (load,) = estimate("tree", parameters, replicas, rule=rule)
             assert load.sent / all_reduce(parameters, replicas) <= 1.05
             # Displacements and shared parameters: at most two floats a parameter.
-            assert load.state <= 2 * 4 * parameters * 1.01
+            assert load.state <= floats * 4 * parameters * 1.01
 
 
 def test_one_process_sends_nothing() -> None:
@@ -58,8 +84,14 @@ def test_bad_input_is_refused(arguments: tuple, message: str) -> None:
         estimate(*arguments)
 
 
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="the rule must be one of metric, paper, got 'newton'"):
+        estimate("tree", 10, 2, rule="newton")
+
+
 def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--parameters", "25000000", "--replicas", "8", "--topology", "server", "--servers", "2"]
+    options += ["--rule", "paper"]
     monkeypatch.setattr("sys.argv", ["replica-newton", "estimate", *options])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

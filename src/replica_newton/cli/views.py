@@ -31,13 +31,15 @@ def estimate(
     replicas: Annotated[int, typer.Option(min=1, help="Number of replicas M.")] = 8,
     topology: Annotated[str, typer.Option(help="Topology: tree, server or simulated.")] = "tree",
     servers: Annotated[int, typer.Option(min=1, help="Number of servers, of a parameter server.")] = 1,
+    rule: Annotated[str, typer.Option(help="Rule for the step: metric or paper.")] = "metric",
 ) -> None:
     """Say what a step sends and what a process keeps, before anything is run."""
     try:
-        loads = estimate_load(topology, parameters, replicas, servers=servers)  # type: ignore[arg-type]
+        loads = estimate_load(topology, parameters, replicas, servers=servers, rule=rule)  # type: ignore[arg-type]
     except ValueError as error:
         raise RunError(str(error)) from error
-    Console().print(load_table(loads, parameters, replicas))
+    factors = "without factors and bases: 2 a² + 2 b² numbers for a matrix of a × b"
+    Console().print(load_table(loads, parameters, replicas, factors if rule == "metric" else ""))
 
 
 @app.command(

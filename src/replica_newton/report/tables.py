@@ -62,13 +62,14 @@ def results_table(summary: Summary) -> Table:
     return table
 
 
-def load_table(loads: Sequence[Load], parameters: int, replicas: int) -> Table:
+def load_table(loads: Sequence[Load], parameters: int, replicas: int, note: str = "") -> Table:
     """Table with a row for each role of a topology's processes.
 
     Args:
         loads: What `estimate` returned.
         parameters: N.
         replicas: M.
+        note: what else is to be said below.
 
     Returns:
         The table.
@@ -76,6 +77,7 @@ def load_table(loads: Sequence[Load], parameters: int, replicas: int) -> Table:
     baseline = all_reduce(parameters, replicas)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, caption_justify="left")
     table.caption = f"data-parallel SGD sends {format_bytes(round(baseline))} a step (ring all-reduce); fp32 throughout"
+    table.caption += f"\n{note}" if note else ""
     table.add_column("processes")
     for heading in ("sent a step", "÷ SGD's", "and for M×M sums", "state kept"):
         table.add_column(heading, justify="right")
