@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from replica_newton import ParameterServer, RandomDirections, ReplicaNewton, Simulated, TreeReduction
+from replica_newton import ParameterServer, ReplicaNewton, Simulated, TreeReduction
 
 BATCH = 48
 CLASSES = 4
@@ -211,7 +211,6 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
 
 
 REFUSALS = [
-    "spread must be LocalStep() over several processes, got RandomDirections(seed=0, radius=None)",
     "timeout=0.0 must be positive and finite, in seconds",
     "on_lost='wait' must be one of drop, stop",
     "common data need a closure from topology.closure(module, criterion, inputs, targets)",
@@ -236,7 +235,6 @@ def refusals(rank: int, count: int) -> list[str]:
 
     said = []
     for refused in (
-        lambda: ReplicaNewton(module.parameters(), rule="paper", topology=topology, spread=RandomDirections()),
         lambda: TreeReduction(timeout=0.0),
         lambda: ParameterServer(on_lost="wait"),
         two_steps,

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from replica_newton import ReplicaNewton, Simulated, TreeReduction
+from replica_newton import PairedProbes, RandomDirections, ReplicaNewton, Simulated, TreeReduction
 from replica_newton.topology.buckets import local
 
 
@@ -173,6 +173,16 @@ def meshes(rank: int, count: int) -> dict[str, Any]:
         except ValueError as error:
             said.append(str(error))
     one, two = TreeReduction(device_mesh=line), TreeReduction(device_mesh=plane)
+    for options in ({"rule": "paper", "spread": RandomDirections()}, {"spread": PairedProbes()}):
+        try:
+            ReplicaNewton([nn.Parameter(torch.ones(4))], topology=two, **options)
+        except ValueError as error:
+            said.append(str(error))
+    try:  # not sharded at all
+        optimizer = ReplicaNewton([nn.Parameter(torch.ones(4))], topology=two)
+        optimizer.step(lambda: optimizer.param_groups[0]["params"][0].sum())
+    except ValueError as error:
+        said.append(str(error))
     number = torch.tensor([float(rank + 1)], dtype=torch.float64)
     return {
         "said": said,

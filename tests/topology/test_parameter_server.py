@@ -5,7 +5,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from replica_newton import ParameterServer
+from replica_newton import ParameterServer, RandomDirections
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from replica_newton import ParameterServer
         (2, 1, {"dtype": torch.float64, "plain_closure": True, "decay": 0.99}),
         (4, 2, {"dtype": torch.float64, "secant_data": "common", "normalised": True}),
         (2, 3, {"dtype": torch.float32, "rule": "saddle-free", "damping": 1.0}),
+        (2, 2, {"dtype": torch.float64, "spread": RandomDirections(), "secant_data": "common"}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )

@@ -23,7 +23,10 @@ def test_meshes_say_where_the_replicas_are(tmp_path: Path) -> None:
     for rank, result in enumerate(results):
         assert result["line"] == (4, 1, rank, 10.0)
         assert result["plane"] == (2, 2, rank % 2, 10.0)
-        both, unnamed = result["said"]
+        both, unnamed, spread, probes, whole = result["said"]
+        assert spread.startswith("spread must be LocalStep() for sharded replicas, got RandomDirections(")
+        assert probes.startswith("spread=PairedProbes() needs one process or a TreeReduction of whole replicas, got ")
+        assert whole == "rule='metric' needs every parameter sharded along its first dimension"
         assert both == "give process_group or device_mesh, not both"
         assert unnamed.startswith('device_mesh must have one dimension, or two of which one is named "replicate", got ')
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from replica_newton import TreeReduction
+from replica_newton import RandomDirections, TreeReduction
 
 SIZE = cases.network(torch.float64).first.weight.numel() + 12 + 12 * cases.CLASSES + cases.CLASSES + 1 + 3
 
@@ -27,6 +27,8 @@ SIZE = cases.network(torch.float64).first.weight.numel() + 12 + 12 * cases.CLASS
             },
         ),
         (3, {"dtype": torch.float64, "normalised": True, "secant_data": "common"}),
+        (3, {"dtype": torch.float64, "spread": RandomDirections(3), "secant_data": "common"}),
+        (2, {"dtype": torch.float64, "spread": RandomDirections(radius=0.01)}),
         (4, {"dtype": torch.float32}),
         (8, {"dtype": torch.float64}),
     ],

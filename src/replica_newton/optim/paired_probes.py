@@ -9,7 +9,7 @@ from torch import Tensor
 
 from replica_newton.optim.metric import Metric
 from replica_newton.spread import TrackedSubspace
-from replica_newton.spread.tracked_subspace import Columns
+from replica_newton.spread.columns import Columns
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from replica_newton.optim.metric_calls import MetricCalls
 from replica_newton.optim.metric_step import MetricStep, check_options
 from replica_newton.optim.paired_probes import PairedProbes
 from replica_newton.spread import LocalStep, Spread
+from replica_newton.spread.spread import Held
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
 from replica_newton.topology.simulated import Data
@@ -137,8 +138,8 @@ class ReplicaNewton(MetricCalls):
         elif probes is not None:
             raise ValueError(f"spread=PairedProbes() is for rule='metric', got {rule=}")
         self.spread: Spread = LocalStep() if spread is None or isinstance(spread, PairedProbes) else spread
-        if topology.distributed and not isinstance(self.spread, LocalStep):
-            raise ValueError(f"spread must be LocalStep() over several processes, got {self.spread!r}")
+        if getattr(topology, "shards", 1) > 1 and not isinstance(self.spread, LocalStep):
+            raise ValueError(f"spread must be LocalStep() for sharded replicas, got {self.spread!r}")
         self.secant_data = secant_data
         self.damping = damping
         self.rtol = rtol
@@ -238,7 +239,7 @@ class ReplicaNewton(MetricCalls):
             return
         step = self.state[parameters[0]].get("step", 0)
         shared = _moved(shared, kept, self._direction(mean, rates), rates)
-        W = self.spread.displacements(evaluation.gradients, rates, step)
+        W = self.spread.displacements(evaluation.gradients, rates, step, self._columns(parameters))
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
 
@@ -297,6 +298,12 @@ class ReplicaNewton(MetricCalls):
             topology.place(parameters, shared, W)
             self._together = False
         return shared, W
+
+    def _columns(self, parameters: list[Tensor]) -> Held | None:
+        """Which columns this process holds; None for all."""
+        if not self.topology.distributed:
+            return None
+        return Held(sum(local(parameter).numel() for parameter in parameters), self.topology)
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""

@@ -1,27 +1,37 @@
 """Spreads: where the replicas stand apart from the parameters they share."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from replica_newton.spread.columns import Columns
 
 
 class Spread(Protocol):
     """Rule that places the replicas for the next step."""
 
-    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:
+    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int, held: "Held | None" = None) -> Tensor:
         """Displacements of the replicas from the shared parameters.
 
         Args:
-            gradients: `(M, N)`, of the step just taken, one row a replica.
-            rates: learning rate, one for all or `(N,)`.
+            gradients: `(M, n)`, of the step just taken, one row a replica.
+            rates: learning rate, one for all or `(n,)`.
             step: number of the step just taken, from 0.
+            held: which n columns of N these are, where several processes share them; None for all.
 
         Returns:
-            `(M, N)`, rows that sum to zero.
+            `(M, n)`, rows that sum to zero.
         """
         ...
+
+
+class Held(NamedTuple):
+    """Columns of a process: rows have `elements` = N elements in all."""
+
+    elements: int
+    columns: Columns
 
 
 def regrouped(displacements: Tensor, before: Sequence[int], now: Sequence[int]) -> Tensor:
@@ -61,8 +71,14 @@ class LocalStep:
     def __repr__(self) -> str:
         return "LocalStep()"
 
-    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:  # noqa: ARG002
-        """`d_m = −rate·(g_m − ḡ)`, `(M, N)`; the number of the step does not matter."""
+    def displacements(
+        self,
+        gradients: Tensor,
+        rates: Tensor | float,
+        step: int,  # noqa: ARG002
+        held: Held | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """`d_m = −rate·(g_m − ḡ)`, `(M, n)`, column by column; the number of the step does not matter."""
         return (gradients - gradients.mean(dim=0)).mul_(-rates)
 
 
@@ -87,17 +103,30 @@ class RandomDirections:
     def __repr__(self) -> str:
         return f"RandomDirections(seed={self.seed}, radius={self.radius})"
 
-    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int) -> Tensor:
-        """Centred Gaussian rows scaled to `radius`, `(M, N)`; see `Spread`."""
-        M = len(gradients)
+    def displacements(self, gradients: Tensor, rates: Tensor | float, step: int, held: Held | None = None) -> Tensor:
+        """Centred Gaussian rows scaled to `radius`, `(M, n)`; see `Spread`."""
+        M, n = gradients.shape
         # One generator on the CPU: the same directions on every device.
         # It keeps 32 bits of a seed: the odd factor sets the seeds' sequences of steps far apart in them.
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + step) % (1 << 32))
-        directions = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
+        # All are drawn by every process, so that they do not depend on how many there are.
+        shape = (M, n if held is None else held.elements)
+        directions = torch.randn(shape, generator=generator, dtype=gradients.dtype)
+        if held is not None:
+            directions = torch.stack([held.columns.part(row) for row in directions])
+        directions = directions.to(gradients.device)
         directions -= directions.mean(dim=0)
+        norm = _norm(directions, held)
         if self.radius is None:
-            length = LocalStep().displacements(gradients, rates, step).norm()
+            length = _norm(LocalStep().displacements(gradients, rates, step), held)
         else:
-            length = self.radius * M**0.5
-        norm = directions.norm()
+            length = norm.new_tensor(self.radius * M**0.5)
         return directions.mul_(torch.where(norm > 0.0, length / norm, 0.0))
+
+
+def _norm(rows: Tensor, held: Held | None) -> Tensor:
+    """Of all rows together, over all processes."""
+    if held is None:
+        return rows.norm()
+    squares = held.columns.total(rows.double().square().sum().cpu())
+    return squares.sqrt().to(rows)

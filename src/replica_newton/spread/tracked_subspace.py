@@ -1,31 +1,20 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
+from replica_newton.spread.columns import Columns
 
 _ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
 """Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
 
 _CORRECTED = torch.tensor([1.0, 0.25], dtype=torch.float64)
 """Eigenvalue from a Ritz value and its correction."""
-
-
-class Columns(Protocol):
-    """How processes share rows of N elements: n columns each. A `Topology` is one."""
-
-    def part(self, vector: Tensor) -> Tensor:
-        """The columns held here, `(n,)`, of a vector `(N,)` that all processes have."""
-        ...
-
-    def total(self, sums: Tensor) -> Tensor:
-        """Sum over the processes of a small fp64 tensor on the CPU."""
-        ...
 
 
 class TrackedSubspace:

@@ -80,6 +80,7 @@ METHODS: dict[str, Method] = {
         0.1,
         True,
         _replica_newton("paper", RandomDirections, "common"),
+        EVERYWHERE,
     ),
     # With a damping of 1 no direction is stepped along faster than by SGD at the same rate, however flat it looks.
     "saddle-free": Method(
