@@ -126,7 +126,9 @@ class RandomDirections:
 
 def _norm(rows: Tensor, held: Held | None) -> Tensor:
     """Of all rows together, over all processes."""
+    norm: Tensor
     if held is None:
-        return rows.norm()
+        norm = rows.norm()
+        return norm
     squares = held.columns.total(rows.double().square().sum().cpu())
     return squares.sqrt().to(rows)
