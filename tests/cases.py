@@ -211,6 +211,7 @@ def not_finite(rank: int, count: int, *, servers: int = 0) -> dict[str, Any] | N
 
 
 REFUSALS = [
+    "spread must be LocalStep() or RandomDirections() over several processes, got 'outwards'",
     "timeout=0.0 must be positive and finite, in seconds",
     "on_lost='wait' must be one of drop, stop",
     "common data need a closure from topology.closure(module, criterion, inputs, targets)",
@@ -235,6 +236,7 @@ def refusals(rank: int, count: int) -> list[str]:
 
     said = []
     for refused in (
+        lambda: ReplicaNewton(module.parameters(), rule="paper", topology=topology, spread="outwards"),
         lambda: TreeReduction(timeout=0.0),
         lambda: ParameterServer(on_lost="wait"),
         two_steps,

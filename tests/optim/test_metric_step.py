@@ -250,6 +250,35 @@ def test_probes_over_other_topologies_of_processes_are_refused_before_anything_s
         ReplicaNewton([nn.Parameter(torch.ones(2))], rule="metric", topology=Distributed(2), spread=PairedProbes())
 
 
+def near_its_solution(*, told: bool) -> float:
+    """Final loss of a network that begins a thousandth of its weights' size from the solution, one sample at a time."""
+    inputs = 0.1 * torch.randn(512, 1, generator=torch.Generator().manual_seed(1))
+    targets = 1e-3 * torch.cat((inputs.sin(), inputs.cos()), dim=1)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(1, 128, bias=False), nn.GELU(), nn.Linear(128, 2, bias=False))
+    nn.init.zeros_(module[2].weight)
+    optimizer = ReplicaNewton(module.parameters())
+    for row in range(300):
+
+        def loss(row: int = row) -> Tensor:
+            optimizer.zero_grad()
+            value = mse_loss(module(inputs[row]), targets[row])
+            value.backward()
+            return value
+
+        if told:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    with optimizer.averaged(), torch.no_grad():
+        return float(mse_loss(module(inputs), targets))
+
+
+def test_steps_that_are_too_long_are_cut_if_they_tell_their_loss():
+    assert near_its_solution(told=True) < 0.2 * near_its_solution(told=False)
+
+
 def test_a_sparse_gradient_is_refused_before_anything_moves():
     first, table = nn.Parameter(torch.ones(2)), nn.Embedding(4, 2, sparse=True)
     optimizer = ReplicaNewton([first, table.weight], rule="metric")

@@ -53,11 +53,38 @@ def test_slopes_that_are_noise_leave_it_where_it_is():
     assert grown(pairs) < 1.5
 
 
+def cut(losses: list[float]) -> float:
+    """By which factor the rate is lower for losses, the first ten of which are those of the first steps."""
+    rate, other = DistanceRate(), DistanceRate()
+    ratio = 1.0
+    for loss in losses:
+        rate.observe_loss(loss)
+        ratio = rate(0.7) / other(0.7)
+    return ratio
+
+
+@pytest.mark.parametrize(("first", "twice"), [(1.0, 2.0), (-3.0, 0.0), (1e-9, 2e-9)])
+def test_a_loss_that_has_doubled_cuts_it_for_good(first: float, twice: float):
+    steady, more = [first] * 30, twice + 0.5 * abs(first)
+    assert cut(steady + [twice - 0.1 * abs(first)] * 100) == 1.0
+    # An average over ten steps passes the mark after a dozen of them.
+    risen = cut(steady + [more] * 30)
+    assert 1.05**-30 < risen < 1.05**-10
+    assert cut(steady + [more] * 1000) == pytest.approx(1 / 16)
+    assert cut(steady + [more] * 30 + [-abs(first)] * 1000) < risen
+
+
+def test_noise_in_the_loss_does_not_cut_it():
+    losses = 1.0 + torch.randn(2000, generator=generator(7), dtype=torch.float64)
+    assert cut(losses.tolist()) == 1.0
+
+
 def test_it_goes_on_from_its_state():
     rate, resumed = DistanceRate(), DistanceRate()
     for _ in range(30):
         rate(0.7)
         rate.observe(1.0, 0.9)
+        rate.observe_loss(1.0)
     resumed.load_state_dict(rate.state_dict())
     for one in (rate, resumed):
         one.observe(1.0, 0.95)

@@ -37,7 +37,7 @@ class MetricCalls(ProbeCalls):
                 "spread=PairedProbes() needs a closure of topology.closure(module, criterion, inputs, targets)"
             )
         if isinstance(self.topology, Processes):
-            self._take_metric_step_over(self.topology, metric_step, closure or given_gradients(parameters), parameters)
+            self._take_metric_step_over(self.topology, metric_step, closure, parameters)
             return
         if metric_step.probes is not None:
             metric_step.probes.attach(self._held(metric_step.probes))
@@ -59,12 +59,18 @@ class MetricCalls(ProbeCalls):
         rates = self._rates()
         given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         moved = [Moved(p, g, *rates[id(p)], self.state[p]) for p, g in given]
-        metric_step.take(moved, max(rates.values())[0], self.topology.total)
+        take = metric_step.prepare(moved, max(rates.values())[0], self.topology.total)
+        self._tell_loss(metric_step)
+        take()
         self.topology.prepared(stepped=True)
         self._settled()
 
     def _take_metric_step_over(
-        self, topology: Processes, metric_step: MetricStep, closure: Callable[[], Tensor], parameters: list[Tensor]
+        self,
+        topology: Processes,
+        metric_step: MetricStep,
+        closure: Callable[[], Tensor] | None,
+        parameters: list[Tensor],
     ) -> None:
         """The same over processes, some or all of which move the parameters that are dealt to them."""
         self._at_average = False
@@ -76,10 +82,11 @@ class MetricCalls(ProbeCalls):
         mine = self._wholes(topology, dealing, parameters)
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         random_state = None if metric_step.probes is None else RandomState(parameters)
-        evaluation = self._evaluate(closure, parameters, nowhere, "own", dealing)
+        evaluate = closure or given_gradients(parameters)
+        evaluation = self._evaluate(evaluate, parameters, nowhere, "own", dealing)
         if metric_step.probes is not None and random_state is not None:
             metric_step.probes.attach(self._held(metric_step.probes, dealing))
-            self._probe_over(metric_step, dealing, closure, parameters, random_state, evaluation.report.total)
+            self._probe_over(metric_step, dealing, evaluate, parameters, random_state, evaluation.report.total)
         rates, moved = self._rates(), []
         for place, whole, gradient in zip(dealing.mine, mine, dealing.collect(evaluation.mean), strict=True):
             parameter = parameters[place]
@@ -90,6 +97,8 @@ class MetricCalls(ProbeCalls):
             self.state.pop(parameters[place], None)  # of a checkpoint that other processes saved
 
         def finish() -> None:
+            if closure is not None:
+                self._tell_loss(metric_step)
             take()
             self._settled()
 
@@ -99,6 +108,12 @@ class MetricCalls(ProbeCalls):
         topology.all_prepared()
         self._finish()
         dealing.share(mine, parameters)
+
+    def _tell_loss(self, metric_step: MetricStep) -> None:
+        """Have the rate know the loss of this step, if there is one, and only one way is down."""
+        ascending = {bool(group["maximize"]) for group in self.param_groups}
+        if isinstance(self._outcome, Tensor) and len(ascending) == 1:
+            metric_step.rate.observe_loss(float(self._outcome) * (-1.0 if True in ascending else 1.0))
 
     def in_hand(self) -> list[tuple[int, Tensor]]:
         """What this process moves with the rule "metric"; called by all processes.

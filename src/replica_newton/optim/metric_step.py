@@ -63,16 +63,6 @@ class MetricStep:
         self.rate = DistanceRate() if rate is None else rate
         self.probes = probes
 
-    def take(self, moved: Sequence[Moved], largest: float, total: Callable[[Tensor], Tensor]) -> None:
-        """Move parameters and their states by a step; see `prepare`.
-
-        Args:
-            moved: as there.
-            largest: as there.
-            total: as there.
-        """
-        self.prepare(moved, largest, total)()
-
     def prepare(self, moved: Sequence[Moved], largest: float, total: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         """Find out what must be known of all parameters; nothing is changed yet, nor if the step cannot be taken.
 

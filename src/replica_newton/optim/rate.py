@@ -11,12 +11,15 @@ _GROWTH = 1.05
 _STRAIGHT = 0.2
 _SIGNIFICANT = 0.6
 _MEMORY = 0.9
+_LEAST_CUT = 1 / 16
+_FIRST = 10
+"""Steps whose loss is what later ones are compared with: of those after them the rate is at its longest."""
 
 
 class DistanceRate:
     """Learning rate for steps of unit size, such as those of `Metric`.
 
-        η_t = share · D_t · min(t/t₀, √(t₀/t)),      D_1 = ‖w_1‖/√N.
+        η_t = share · c_t · D_t · min(t/t₀, √(t₀/t)),      D_1 = ‖w_1‖/√N,  c_1 = 1.
 
     D is an estimate of how far each weight will move: about as far as weights are long when they are drawn, which is
     what every usual initialisation is made for. Averages over gradients are not to be trusted in the first steps, so
@@ -30,6 +33,10 @@ class DistanceRate:
     that follows, neither of which the step has seen. While a step takes away less than a fifth of the slope (of lr
     times as much at a relative rate lr), D grows by 5 % a step, up to the weights' present size `‖w_t‖/√N`. Slopes are
     averaged over about ten steps, and where they are no more than noise, D stays.
+
+    Steps that are too long for the network (inputs in the thousands, very deep, batches of one) make the loss rise.
+    While it stands, averaged over about ten steps, above `L₀ + |L₀|`, twice what it was at most in the first ten, c
+    falls by 5 % a step, for good, to no less than a sixteenth. Only steps with a closure tell their loss.
 
     Args:
         share: the part of D that the longest step covers; > 0.
@@ -58,6 +65,7 @@ class DistanceRate:
         self.distance: float | None = None
         self._steps = 0
         self._before, self._kept, self._square, self._last = 0.0, 0.0, 0.0, 0.0
+        self._loss, self._first_loss, self._cut = math.nan, math.nan, 1.0
 
     def __call__(self, size: float) -> float:
         """The rate of the next step.
@@ -71,10 +79,12 @@ class DistanceRate:
         self._steps += 1
         if self.distance is None:
             self.distance = size or _ALL_ZERO
+        elif self._risen:
+            self._cut = max(self._cut / _GROWTH, _LEAST_CUT)
         elif self._straight:
             self.distance = max(self.distance, min(_GROWTH * self.distance, size))
         time = self._steps / self.warm_up
-        return self.share * self.distance * min(time, 1.0 / math.sqrt(time))
+        return self.share * self._cut * self.distance * min(time, 1.0 / math.sqrt(time))
 
     def observe(self, before: float, after: float, relative: float = 1.0) -> None:
         """Take in slopes at the present parameters; call it before the step, from the third on.
@@ -93,10 +103,25 @@ class DistanceRate:
         self._square = _MEMORY * self._square + (1.0 - _MEMORY) * before**2
         self._last = before
 
+    def observe_loss(self, loss: float) -> None:
+        """Take in the loss at the present parameters; call it before the step, if it is known.
+
+        Args:
+            loss: of what is minimised.
+        """
+        self._loss = loss if math.isnan(self._loss) else _MEMORY * self._loss + (1.0 - _MEMORY) * loss
+        if self._steps < _FIRST:
+            self._first_loss = self._loss if math.isnan(self._first_loss) else max(self._first_loss, self._loss)
+
     @property
     def steps(self) -> int:
         """How many steps have been taken."""
         return self._steps
+
+    @property
+    def _risen(self) -> bool:
+        """Whether the loss is more than twice what it was; False where it is not known."""
+        return self._loss > self._first_loss + abs(self._first_loss)
 
     @property
     def _straight(self) -> bool:
@@ -106,7 +131,8 @@ class DistanceRate:
     def state_dict(self) -> dict[str, Any]:
         """What it has seen."""
         slopes = [self._before, self._kept, self._square, self._last]
-        return {"distance": self.distance, "steps": self._steps, "slopes": slopes}
+        losses = [self._loss, self._first_loss, self._cut]
+        return {"distance": self.distance, "steps": self._steps, "slopes": slopes, "losses": losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
@@ -116,11 +142,14 @@ class DistanceRate:
         """
         self.distance, self._steps = state["distance"], state["steps"]
         self._before, self._kept, self._square, self._last = state["slopes"]
+        # States of before losses were looked at have none; what is first from now on is.
+        self._loss, self._first_loss, self._cut = state.get("losses", [math.nan, math.nan, 1.0])
 
     def numbers(self) -> list[float]:
         """The state as numbers, nan for a distance that is not known yet."""
         distance = math.nan if self.distance is None else self.distance
-        return [distance, float(self._steps), self._before, self._kept, self._square, self._last]
+        state = self.state_dict()
+        return [distance, float(self._steps), *state["slopes"], *state["losses"]]
 
     def load_numbers(self, numbers: list[float]) -> None:
         """Go on from a state.
@@ -128,6 +157,6 @@ class DistanceRate:
         Args:
             numbers: what `numbers` returned.
         """
-        distance, steps, *slopes = numbers
+        distance, steps, *rest = numbers
         known = None if math.isnan(distance) else distance
-        self.load_state_dict({"distance": known, "steps": int(steps), "slopes": slopes})
+        self.load_state_dict({"distance": known, "steps": int(steps), "slopes": rest[:4], "losses": rest[4:]})

@@ -18,7 +18,7 @@ from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.metric_calls import MetricCalls
 from replica_newton.optim.metric_step import MetricStep, check_options
 from replica_newton.optim.paired_probes import PairedProbes
-from replica_newton.spread import LocalStep, Spread
+from replica_newton.spread import LocalStep, RandomDirections, Spread
 from replica_newton.spread.spread import Held
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
@@ -140,6 +140,9 @@ class ReplicaNewton(MetricCalls):
         self.spread: Spread = LocalStep() if spread is None or isinstance(spread, PairedProbes) else spread
         if getattr(topology, "shards", 1) > 1 and not isinstance(self.spread, LocalStep):
             raise ValueError(f"spread must be LocalStep() for sharded replicas, got {self.spread!r}")
+        if topology.distributed and not isinstance(self.spread, LocalStep | RandomDirections):
+            kinds = "LocalStep() or RandomDirections()"
+            raise ValueError(f"spread must be {kinds} over several processes, got {self.spread!r}")
         self.secant_data = secant_data
         self.damping = damping
         self.rtol = rtol
@@ -239,7 +242,7 @@ class ReplicaNewton(MetricCalls):
             return
         step = self.state[parameters[0]].get("step", 0)
         shared = _moved(shared, kept, self._direction(mean, rates), rates)
-        W = self.spread.displacements(evaluation.gradients, rates, step, self._columns(parameters))
+        W = self.spread.displacements(evaluation.gradients, rates, step, **self._columns(parameters))
         del evaluation, mean  # what is on its way to the replicas takes their place
         self._settle(parameters, shared, W, step + 1)
 
@@ -299,11 +302,11 @@ class ReplicaNewton(MetricCalls):
             self._together = False
         return shared, W
 
-    def _columns(self, parameters: list[Tensor]) -> Held | None:
-        """Which columns this process holds; None for all."""
+    def _columns(self, parameters: list[Tensor]) -> dict[str, Held]:
+        """Argument of a spread: which columns this process holds. None for all: a spread of a user need not know it."""
         if not self.topology.distributed:
-            return None
-        return Held(sum(local(parameter).numel() for parameter in parameters), self.topology)
+            return {}
+        return {"held": Held(sum(local(parameter).numel() for parameter in parameters), self.topology)}
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
