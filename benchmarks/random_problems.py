@@ -32,6 +32,8 @@ from replica_newton.training.loop import batches
 
 RESULTS = Path("docs/results/random_problems.json")
 STEPS, SAMPLES, ADAM_RATES = 300, 512, (1e-3, 1e-2, 1e-1)
+LOWER = 0.3
+"""Relative rate of ours, to see whether steps are too long."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,22 @@ def compare(seed: int) -> dict[str, Any]:
     """Losses of both."""
     of = problem(seed)
     before, ours = train(of, lambda module: ReplicaNewton(module.parameters()))
+    lower = train(of, lambda module: ReplicaNewton(module.parameters(), LOWER))[1]
     adam = {
         rate: train(of, lambda module, rate=rate: Adam(module.parameters(), rate))[1]  # type: ignore[misc]
         for rate in ADAM_RATES
     }
     best = min(adam, key=adam.__getitem__)
-    return {"seed": seed, "problem": of.text, "before": before, "ours": ours, "adam": adam[best], "adam_rate": best}
+    return {
+        "seed": seed,
+        "problem": of.text,
+        "batch": of.batch_size,
+        "before": before,
+        "ours": ours,
+        "lower": lower,
+        "adam": adam[best],
+        "adam_rate": best,
+    }
 
 
 def main() -> None:

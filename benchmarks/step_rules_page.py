@@ -97,7 +97,8 @@ has them, but that second moments are fitted to a basis that has just turned (`o
 nobody gives (`optim/rate.py`):
 
 - it is half of the root mean square of the first weights at step 20, rises to that and falls like 1/√t from it;
-- it is raised where slopes along past steps show that steps are far too short;
+- it is raised where slopes along past steps show that steps are far too short, and cut while the loss that a closure
+  tells stands at twice what it was (never on these tasks; see [other_problems.md](other_problems.md));
 - the network is evaluated at the average over the last ninth of all steps (`ReplicaNewton.averaged`).
 
 So it knows neither the budget nor the batch, which a schedule and a tuned rate do. It needs no gradient beside the
@@ -133,8 +134,8 @@ What the table can and cannot say:
   cosine, and so are Adam's and momentum's. The growth of the distance has not been switched off by itself.
 - A network that begins a thousand times too small takes hundreds of steps to grow.
 
-Replicas live in one process or in a `TreeReduction`; over processes, the metric works on whole matrices, so parameters
-are dealt out, as Distributed Shampoo deals them ([topologies.md](topologies.md#the-rule-metric-whole-parameters)).
+Replicas live in one process or in several; over processes, the metric works on whole matrices, so parameters are dealt
+out, as Distributed Shampoo deals them ([topologies.md](topologies.md#the-rule-metric-whole-parameters)).
 
 Final training loss over the whole training set: median over seeds (rate; least–largest, number of seeds).
 """

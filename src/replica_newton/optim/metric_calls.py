@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.calls import Call, flat
 from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import Evaluation, Report
+from replica_newton.optim.metric import Metric
 from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
 from replica_newton.optim.probe_calls import ProbeCalls
 from replica_newton.topology.buckets import local
@@ -183,7 +185,8 @@ class MetricCalls(ProbeCalls):
 
         For the rule "metric" that is the average of the parameters over about the last ninth of all steps, in which the
         noise of single steps is gone: what otherwise a rate that falls to zero is for. For other rules it is where
-        `synchronise` puts the module. Batch-norm statistics stay those of training. Save the model in here to use it,
+        `synchronise` puts the module. Batch-norm statistics stay those of training, which lag behind weights that move
+        fast: `torch.optim.swa_utils.update_bn(loader, model)` in here makes new ones. Save the model in here to use it,
         and by `save_checkpoint` outside to train on.
 
         Yields:
@@ -230,10 +233,9 @@ class MetricCalls(ProbeCalls):
         """Who moves which of the parameters that are trained."""
         # Of all, frozen ones too, or the state of one would be in other hands when another thaws.
         everything = [p for group in self.param_groups for p in group["params"]]
-        hands = deal([metric_step.metric.work(p.shape) for p in everything], len(topology.hands))
-        return topology.dealing(
-            parameters, [hand for hand, p in zip(hands, everything, strict=True) if p.requires_grad]
-        )
+        dealt = _dealt(metric_step.metric, tuple(p.shape for p in everything), len(topology.hands))
+        hands = [hand for hand, p in zip(dealt, everything, strict=True) if p.requires_grad]
+        return topology.dealing(parameters, hands)
 
     def _rates(self) -> dict[int, tuple[float, float]]:
         """Rate and weight decay of the parameters that are trained, by their id."""
@@ -275,6 +277,12 @@ class MetricCalls(ProbeCalls):
                 rows = torch.zeros(M, *parameter.shape, dtype=dtype, device=parameter.device)
             pieces.append(rows.flatten(start_dim=1) if parameter.dim() else rows[:, None])
         return torch.cat(pieces, dim=1).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _dealt(metric: Metric, shapes: tuple[torch.Size, ...], hands: int) -> tuple[int, ...]:
+    """Hands of parameters of these shapes."""
+    return tuple(deal([metric.work(shape) for shape in shapes], hands))
 
 
 @contextmanager
