@@ -58,6 +58,7 @@ def train(
     decay: float = 1.0,
     poisoned: tuple[int, ...] = (),
     batched: bool | None = None,
+    mark: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
@@ -69,14 +70,25 @@ def train(
         topology = ParameterServer(servers) if servers else TreeReduction()
     optimizer = ReplicaNewton(module.parameters(), lr, topology=topology, **({"rule": "paper"} | options))
     if servers and rank is not None and topology.is_server:
+        noted = {0: {}, steps: {}}
+        take = optimizer._try_step
+
+        def note(closure: Any) -> None:
+            noted.setdefault(topology.steps, dict(topology.elements_sent))
+            take(closure)
+            noted[steps] = dict(topology.elements_sent)
+
+        optimizer._try_step = note
         optimizer.serve()
         return {
-            "sent": dict(topology.elements_sent),
+            "sent_a_step": a_step(noted[steps], noted[mark], steps - mark),
             "state": state_size(optimizer),
             "lr": optimizer.param_groups[0]["lr"],
         }
-    losses, eigenvalues, together = [], [], []
+    losses, eigenvalues, together, sent_before = [], [], [], {}
     for step in range(steps):
+        if step == mark and rank is not None:
+            sent_before = dict(topology.elements_sent)
         inputs, targets = batch(step, dtype)
         if step in poisoned:
             inputs[-1, 0] = torch.nan
@@ -105,6 +117,7 @@ def train(
             together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
         for group in optimizer.param_groups:
             group["lr"] *= decay
+    sent = dict(topology.elements_sent) if rank is not None else {}
     with optimizer.averaged():
         averaged = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     optimizer.close()
@@ -117,10 +130,15 @@ def train(
         "buffers": [buffer.clone() for buffer in module.buffers()],
         "fallbacks": optimizer.fallbacks,
         "skipped": optimizer.skipped,
-        "sent": dict(topology.elements_sent) if rank is not None else {},
+        "sent_a_step": a_step(sent, sent_before, steps - mark),
         "state": state_size(optimizer),
         "probes": None if optimizer.probes is None else optimizer.probes.eigenvalues,
     }
+
+
+def a_step(after: dict[str, int], before: dict[str, int], steps: int) -> dict[str, float]:
+    """Elements sent in each of so many steps, by phase."""
+    return {phase: (count - before.get(phase, 0)) / steps for phase, count in after.items()}
 
 
 def state_size(optimizer: ReplicaNewton) -> int:

@@ -13,41 +13,31 @@ SIZE = sum(parameter.numel() for parameter in cases.network(torch.float64).param
 
 @pytest.mark.parametrize(("replicas", "servers"), [(3, 0), (2, 2)])
 def test_estimates_are_what_is_counted(replicas: int, servers: int, tmp_path: Path) -> None:
-    counted = []
-    for steps in (10, 30):
-        folder = tmp_path / str(steps)
-        folder.mkdir()
-        counted.append(run_processes(folder, replicas + servers, cases.train, steps=steps, servers=servers))
+    results = run_processes(tmp_path, replicas + servers, cases.train, steps=30, mark=10, servers=servers)
     kind = "server" if servers else "tree"
     loads = {load.role: load for load in estimate(kind, SIZE, replicas, servers=max(servers, 1), element=8)}
     assert sum(load.processes for load in loads.values()) == replicas + servers
-    for rank, (before, after) in enumerate(zip(*counted, strict=True)):
-        role = "server" if rank < servers else "worker" if servers else "process"
-        sent = {phase: 8 * (after["sent"][phase] - before["sent"][phase]) / 20 for phase in after["sent"]}
-        assert loads[role].sent == sent["gradients"] + sent["points"]
-        assert loads[role].sums_sent == sent["inner products"]
-        assert loads[role].state == 8 * after["state"]
+    for rank, result in enumerate(results):
+        load, sent = loads["server" if rank < servers else "worker" if servers else "process"], result["sent_a_step"]
+        assert load.sent == 8 * (sent["gradients"] + sent["points"])
+        assert load.sums_sent == 8 * sent["inner products"]
+        assert load.state == 8 * result["state"]
 
 
 @pytest.mark.parametrize(("replicas", "servers"), [(3, 0), (2, 2)])
 def test_estimates_of_the_metric_are_what_is_counted(replicas: int, servers: int, tmp_path: Path) -> None:
-    counted = []
-    for steps in (10, 30):
-        folder = tmp_path / str(steps)
-        folder.mkdir()
-        options = {"steps": steps, "servers": servers, "rule": "metric", "metric": "diagonal"}
-        counted.append(run_processes(folder, replicas + servers, cases.train, **options))
+    options = {"steps": 30, "mark": 10, "servers": servers, "rule": "metric", "metric": "diagonal"}
+    results = run_processes(tmp_path, replicas + servers, cases.train, **options)
     kind = "server" if servers else "tree"
     loads = {
         load.role: load for load in estimate(kind, SIZE, replicas, servers=max(servers, 1), element=8, rule="metric")
     }
     sent, state = dict.fromkeys(loads, 0.0), dict.fromkeys(loads, 0)
-    for rank, (before, after) in enumerate(zip(*counted, strict=True)):
-        role = "server" if rank < servers else "worker" if servers else "process"
-        by_phase = {phase: 8 * (after["sent"][phase] - before["sent"][phase]) / 20 for phase in after["sent"]}
-        assert loads[role].sums_sent == by_phase["inner products"]
-        sent[role] += by_phase["gradients"] + by_phase["parameters"]
-        state[role] += 8 * after["state"]
+    for rank, result in enumerate(results):
+        role, by_phase = "server" if rank < servers else "worker" if servers else "process", result["sent_a_step"]
+        assert loads[role].sums_sent == 8 * by_phase["inner products"]
+        sent[role] += 8 * (by_phase["gradients"] + by_phase["parameters"])
+        state[role] += 8 * result["state"]
     for role, load in loads.items():
         assert sent[role] == pytest.approx(load.sent * load.processes, abs=load.processes)
         # The scale of every parameter, and what is rounded up.

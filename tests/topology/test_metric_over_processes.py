@@ -80,14 +80,8 @@ def test_sharded_parameters_in_bf16_are_kept_in_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_step_sends_what_an_all_reduce_does(count: int, tmp_path: Path) -> None:
-    runs = []
-    for steps in (3, 5):
-        (tmp_path / str(steps)).mkdir()
-        runs.append(run_processes(tmp_path / str(steps), count, cases.train, steps=steps, plain_closure=True, **METRIC))
-    sent = [
-        {phase: (long["sent"][phase] - short["sent"][phase]) / 2 for phase in long["sent"]}
-        for short, long in zip(*runs, strict=True)
-    ]
+    results = run_processes(tmp_path, count, cases.train, steps=5, mark=3, plain_closure=True, **METRIC)
+    sent = [result["sent_a_step"] for result in results]
     N = sum(SIZES)
     assert sum(one["parameters"] for one in sent) == (count - 1) * N
     assert all(one["inner products"] < 12 * count for one in sent)
@@ -148,16 +142,10 @@ def test_a_probe_leaves_no_trace_in_any_process(tmp_path: Path) -> None:
 
 
 def test_a_probe_sends_one_all_reduce_more(tmp_path: Path) -> None:
-    count, sent = 4, []
-    for steps in (21, 31):
-        (tmp_path / str(steps)).mkdir()
-        spread = PairedProbes(every=10, rank=count)
-        sent.append(run_processes(tmp_path / str(steps), count, cases.train, steps=steps, spread=spread, **METRIC))
-    more = [
-        {phase: long["sent"][phase] - short["sent"][phase] for phase in ("directions", "responses")}
-        for short, long in zip(*sent, strict=True)
-    ]
-    assert sum(sum(one.values()) for one in more) == 2 * (count - 1) * sum(SIZES)
+    count, spread = 4, PairedProbes(every=10, rank=4)
+    results = run_processes(tmp_path, count, cases.train, steps=31, mark=21, spread=spread, **METRIC)
+    more = [10 * result["sent_a_step"][phase] for result in results for phase in ("directions", "responses")]
+    assert sum(more) == pytest.approx(2 * (count - 1) * sum(SIZES))
 
 
 def test_a_loss_that_is_not_finite_moves_nothing_in_any_process(tmp_path: Path) -> None:
