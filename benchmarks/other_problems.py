@@ -359,9 +359,9 @@ three rates of Adam, along a cosine: no tuned peer, but a sign of what is possib
 |---|{"---|" * len(shares)}
 | on so many | {" | ".join(str(count) for _, count in shares)} |
 
-and above the loss that it began with on {sum(one["ours"] > one["before"] for one in found)}. With batches of one or two
-a relative rate of 0.3 ends lower than the default on {lower_is_better(True)}, with larger ones on
-{lower_is_better(False)}: for so much noise the default's steps are too long. Where it is farthest behind:
+and above the loss that it began with on {sum(one["ours"] > one["before"] for one in found)}. A relative rate of 0.3 ends
+lower than the default on {lower_is_better(True)} with batches of one or two, and on {lower_is_better(False)} with larger
+ones; where the default is farthest behind, its steps are mostly too long:
 
 | problem | before | ours | ours, `lr=0.3` | Adam (rate) |
 | --- | --- | --- | --- | --- |
