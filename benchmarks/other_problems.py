@@ -247,17 +247,15 @@ def compare(problem: Problem) -> Found:
                 known[rate] = final_loss(problem, method, rate, 0)
             return known[rate]
 
-        rates, _ = tune(METHODS[method].rates, loss, EXTENSIONS if METHODS[method].tuned else 0)
-        # A rate at which another seed diverges is nobody's best.
-        finals = {}
-        for best in sorted(rates, key=loss):
-            finals[best] = [loss(best), *(final_loss(problem, method, best, seed) for seed in SEEDS[1:])]
-            if all(map(math.isfinite, finals[best])):
-                break
-        else:
+        while True:
+            rates, _ = tune(METHODS[method].rates, loss, EXTENSIONS if METHODS[method].tuned else 0)
             best = min(rates, key=loss)
+            finals = [loss(best), *(final_loss(problem, method, best, seed) for seed in SEEDS[1:])]
+            if all(map(math.isfinite, finals)) or not math.isfinite(loss(best)):
+                break
+            known[best] = math.inf  # a rate at which another seed diverges is nobody's best
         edge = METHODS[method].tuned and best in {rates[0], rates[-1]}
-        losses = [value if math.isfinite(value) else None for value in finals[best]]
+        losses = [value if math.isfinite(value) else None for value in finals]
         found[method] = {"rate": best, "at_the_edge": edge, "losses": losses}
     return found
 
@@ -359,9 +357,9 @@ three rates of Adam, along a cosine: no tuned peer, but a sign of what is possib
 |---|{"---|" * len(shares)}
 | on so many | {" | ".join(str(count) for _, count in shares)} |
 
-and above the loss that it began with on {sum(one["ours"] > one["before"] for one in found)}. A relative rate of 0.3 ends
-lower than the default on {lower_is_better(True)} with batches of one or two, and on {lower_is_better(False)} with larger
-ones; where the default is farthest behind, its steps are mostly too long:
+and above the loss that it began with on {sum(one["ours"] > one["before"] for one in found)}. A relative rate of 0.3
+ends lower than the default on {lower_is_better(True)} with batches of one or two, and on
+{lower_is_better(False)} with larger ones; where the default is farthest behind, its steps are mostly too long:
 
 | problem | before | ours | ours, `lr=0.3` | Adam (rate) |
 | --- | --- | --- | --- | --- |

@@ -161,7 +161,7 @@ BAD = [
     ("train --topology tree --processes 3", "replicas must divide the batch size 64, got 3"),
     ("train --topology tree --processes 5 --servers 1", "servers must be 0 for topology tree, got 1"),
     ("train --topology tree --processes 4 --method sgd", "topology must be simulated for method sgd, got tree"),
-    ("train --topology tree --processes 4 --method paper-random", "must be simulated for method paper-random"),
+    ("train --topology tree --processes 4 --method momentum", "must be simulated for method momentum, got tree"),
     ("train --topology server --processes 5 --method adam", "topology must be simulated for method adam, got server"),
     ("train --topology server --processes 1", "got 1 processes and 1 servers"),
     ("train --replicas 8 --servers 1", "servers must be 0 for topology simulated, got 1"),
