@@ -195,6 +195,27 @@ M_MMAP_THRESHOLD = -3
 """Option of glibc's `mallopt`: blocks above this size are mapped, and unmapped when freed."""
 
 
+def released(rank: int, count: int, *, at: int | None, steps: int = 6) -> dict[str, Any]:
+    """Train, and free at some step what is kept to be written to again; what a curvature says when its step is over."""
+    module = network(torch.float64)
+    topology = TreeReduction(bucket_bytes=400)
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
+    said, kept = "", None
+    for step in range(steps):
+        if step == at:
+            optimizer.release()
+        inputs, targets = (one.chunk(count)[rank] for one in batch(step, torch.float64))
+        optimizer.step(topology.closure(module, cross_entropy, inputs, targets))
+        if kept is not None:
+            assert len(kept.eigenvalues)
+            try:
+                said = str(kept.eigenvectors)
+            except RuntimeError as error:
+                said = str(error)
+        kept = optimizer.curvature
+    return {"parameters": flat(module), "said": said}
+
+
 def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     """Resident memory that training takes, in floats a parameter; see `test_memory`."""
     # What is freed goes back at once, or the peak would depend on what the allocator keeps.
@@ -215,10 +236,12 @@ def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     for _ in range(3):
         optimizer.step(closure)
     peak = resident("VmHWM")
-    optimizer.curvature = None
+    between = resident()
+    optimizer.release()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is nobody's
     after = resident()
-    return {"state": (after - before) / elements, "peak": (peak - before) / elements}
+    kept = {"state": after, "between steps": between, "peak": peak}
+    return {name: (memory - before) / elements for name, memory in kept.items()}
 
 
 def resident(kind: str = "VmRSS") -> float:

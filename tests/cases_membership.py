@@ -144,7 +144,7 @@ def lossy(
     servers: int = 1,
     steps: int = 12,
     failing: dict[int, str] | None = None,
-    phase: str = "before _exchange_gradients",
+    phase: str = "before _start_columns",
     at: int = 4,
     timeout: float = 20.0,
     newcomer: bool = False,

@@ -22,9 +22,10 @@ def test_one_replica_sends_nothing() -> None:
 def test_a_step_by_hand() -> None:
     step = TRUE.step(Setting(1000, 2, every=4, crowding=1.5), gradient=0.1)
     assert step.gradient == pytest.approx(0.125)
-    # Two and a quarter all-to-alls of one message, one and a quarter all-reduces of two rounds.
-    assert step.latency == pytest.approx(1.5 * (2.25 + 2.5) * 2e-5)
-    assert step.bandwidth == pytest.approx(1.5 * (2.25 * 500 * 4 + 1.25 * 12 * 8) * 4e-10)
+    # Two and a quarter exchanges of rows and one and a quarter of sums, of one message each; sums of two losses, two
+    # numbers about the mean gradient, six inner products of three rows and a flag.
+    assert step.latency == pytest.approx(1.5 * (2.25 + 1.25) * 2e-5)
+    assert step.bandwidth == pytest.approx(1.5 * (2.25 * 500 * 4 + 1.25 * 11 * 8) * 4e-10)
     assert step.vectors == pytest.approx(1.5 * 1000 * 3e-9)
     assert step.algebra == pytest.approx(1.5 * (9 * 500 + 8) * 2e-10)
     assert step.total == pytest.approx(sum((step.gradient, step.latency, step.bandwidth, step.vectors, step.algebra)))

@@ -19,7 +19,7 @@ def check_said(results: list[dict], lost: int) -> None:
             assert result["seconds"] < 60.0
 
 
-@pytest.mark.parametrize("phase", ["before gradients", "before _exchange_gradients", "after total", "before place"])
+@pytest.mark.parametrize("phase", ["before gradients", "before _start_columns", "after total", "before place"])
 @pytest.mark.parametrize("topology", [TREE, SERVER], ids=["tree", "server"])
 def test_a_killed_process_is_named(topology: dict, phase: str, tmp_path: Path) -> None:
     results = run_processes(

@@ -28,7 +28,7 @@ def check_survivors(results: list[dict], steps: int) -> None:
     ("rule", "phase"),
     [
         ("paper", "before gradients"),
-        ("paper", "before _exchange_gradients"),
+        ("paper", "before _start_columns"),
         ("paper", "after gradients"),
         ("paper", "before place"),
         ("paper", "after place"),

@@ -1,14 +1,14 @@
 """The paper's algebra: the inverse-Hessian product of any vector from replicas at different parameters."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from replica_newton.curvature.differences import Differences
 from replica_newton.curvature.gram import (
-    CHUNK,
     RESOLUTION,
     check_finite,
     check_floating,
@@ -40,10 +40,10 @@ class SecantCurvature:
     scale with how far apart the replicas stand. `eigenvalues` are Rayleigh–Ritz values of the Hessian: signed and
     free of that scale.
 
-    The object keeps its inputs as differences (a copy of 2·M·N elements), so later changes of w_m or g_m do not
-    reach it. All M×M work is done in fp64. Displacements below the rounding of w_m are lost before they arrive
-    here: pass displacements themselves as W (any common shift of the rows cancels) rather than parameters in low
-    precision.
+    The object keeps its inputs as differences (a copy of 2·(M−1)·N elements), so later changes of w_m or g_m do not
+    reach it, but for `copy=False`. All M×M work is done in fp64. Displacements below the rounding of w_m are lost
+    before they arrive here: pass displacements themselves as W (any common shift of the rows cancels) rather than
+    parameters in low precision.
 
     Args:
         W: `(M, N)` parameters or displacements, one row a replica; any float dtype, any device.
@@ -54,7 +54,7 @@ class SecantCurvature:
             an rtol above it.
         damping: λ ≥ 0 in units of Hessian eigenvalues: the secants become `G + λ W = (H + λ I) W`, and singular
             vectors, `inverse_hvp` and `hvp` belong to `H + λ I`. Eigenvalues stay those of H.
-
+        copy: whether W and G are copied. If not, they must not change as long as the object is used.
         total: for rows that are split by columns over several processes, each of which makes an object of its own
             columns: sums an fp64 tensor on the CPU over the processes. Everything N-sized (vectors z, results) is then
             the process's part, everything M-sized is the same on all. It is called by the constructor and by methods
@@ -78,6 +78,7 @@ class SecantCurvature:
         *,
         rtol: float = DEFAULT_RTOL,
         damping: float = 0.0,
+        copy: bool = True,
         total: Callable[[Tensor], Tensor] | None = None,
         vector: Tensor | None = None,
     ) -> None:
@@ -96,59 +97,47 @@ class SecantCurvature:
         self.damping = damping
         self.replicas = W.shape[0]
 
-        self._vector_products = torch.empty(0, dtype=torch.float64)
-        # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows,
-        # and its own row of zeros need not be kept. For replicas that stand close together they are exact.
-        M, N = W.shape
+        # All weights below sum to zero over the replicas, so differences to the first serve as well as centred rows.
+        self._differences = Differences(W, G, copy=copy)
         self._total = total
         self._vector = None if total is None else vector
-        block = torch.empty(2 * (M - 1) + (self._vector is not None), N, dtype=working_dtype(W, G), device=W.device)
-        self._rows = block[: 2 * (M - 1)]
-        for rows, target in zip((W, G), torch.split(self._rows, M - 1), strict=False):
-            rows = rows.detach().to(target.dtype)
-            torch.sub(rows[1:], rows[0], out=target)
-        W_rows, G_rows = self._rows[: M - 1], self._rows[M - 1 :]
+        self._vector_products = torch.empty(0, dtype=torch.float64)
         if total is None:
-            # One chunk is kept in fp64 as well: to convert it again for every product would cost more than the product.
-            self._factors = G_rows.double() if N <= CHUNK else G_rows
-            self._gradient_gram = inner_products(self._factors, self._factors)
-            squared_length = float(torch.dot(W_rows.flatten(), W_rows.flatten()))
-            parted = squared_length > 0.0 or bool(W_rows.any())  # squares of tiny differences underflow
+            self._gradient_gram = self._differences.gradient_gram()
+            squared_length = self._differences.squared_displacements()
+            parted = squared_length > 0.0 or self._differences.parted()  # squares of tiny differences underflow
         else:
-            self._factors = G_rows
-            squared_length, parted = self._sum_products(block, total)
-        self._parted = bool(parted)
-        if not isfinite(squared_length + sum(self._gradient_gram.diagonal().tolist())) or M == 1:
+            squared_length, parted = self._sum_products(total)
+        self._parted = parted
+        if not isfinite(squared_length + float(self._gradient_gram.trace())) or self.replicas == 1:
             for name, rows in (("W", W), ("G", G)):
                 check_finite(name, rows)
-                rows = rows.to(self._rows.dtype)
+                rows = rows.to(self._differences.dtype)
                 check_finite(f"differences between replicas in {name}", rows - rows[0])
                 check_finite(f"squared differences between replicas in {name}", (rows - rows[0]).double().square())
 
-    def _sum_products(self, block: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
+    def _sum_products(self, total: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
         """All products at once, so that whatever follows from them can be asked for in one process alone.
 
         Returns:
             Sum of the squared lengths of the differences in W, and whether there are any.
         """
         n = self.replicas - 1
-        if self._vector is not None:
-            block[-1] = self._vector.detach()
-        products = inner_products(block, block)
-        W, G, vector = slice(0, n), slice(n, 2 * n), slice(2 * n, None)
-        parted = bool(products[W, W].any()) or bool(block[W].any())  # squares of tiny differences underflow
-        parts = (products[W, W], products[W, G], products[G, G], products[vector])
-        sums = total(torch.cat([part.flatten() for part in (*parts, torch.tensor([float(parted)]))]).double())
-        pieces = torch.split(sums[:-1], [part.numel() for part in parts])
-        WW, WG, GG, with_vector = (piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True))
-        self._displacement_products, self._gradient_gram, self._vector_products = (WW, WG), GG, with_vector
-        return float(WW.trace()), bool(sums[-1])
+        products = self._differences.products(self._vector)
+        length = float(products[:n, :n].trace())
+        parted = length != 0.0 or self._differences.parted()  # squares of tiny differences underflow
+        row, column = _upper(len(products))
+        sums = total(torch.cat((products[row, column], torch.tensor([float(parted)], dtype=torch.float64))))
+        products[row, column] = products[column, row] = sums[:-1]
+        G = slice(n, 2 * n)
+        self._displacement_products = products[:n, :n], products[:n, G]
+        self._gradient_gram, self._vector_products = products[G, G], products[2 * n :]
+        return float(products[:n, :n].trace()), bool(sums[-1])
 
     @cached_property
     def _displacement_products(self) -> tuple[Tensor, Tensor]:
         """Inner products of the differences in W with those in W and in G, `(M−1, M−1)` each, in fp64."""
-        WW, WG = inner_products(self._rows[: self.replicas - 1], self._rows).tensor_split(2, dim=1)
-        return WW, WG
+        return self._differences.displacement_products()
 
     @cached_property
     def _damped_gram(self) -> tuple[Tensor, float]:
@@ -192,6 +181,14 @@ class SecantCurvature:
         V, sigma = self._svd
         scaled = V[1:] / sigma
         return scaled @ scaled.T
+
+    def release(self) -> None:
+        """Let go of W and G, if they were not copied.
+
+        What is M-sized and has no argument can still be asked for where `total` was given; all else is a
+        `RuntimeError` from then on.
+        """
+        self._differences.release()
 
     @property
     def parted(self) -> bool:
@@ -238,17 +235,18 @@ class SecantCurvature:
         alpha = torch.cat((-on_differences.sum(dim=-1, keepdim=True), on_differences), dim=-1)
         return alpha, (self.damping - 1.0) * alpha
 
-    def inverse_hvp(self, z: Tensor) -> Tensor:
+    def inverse_hvp(self, z: Tensor, *, memory: Tensor | None = None) -> Tensor:
         """Inverse-Hessian product `Ĥ⁻¹ z = z_⊥ + Σ_i (u_iᵀ z) W v_i / σ_i`.
 
         Args:
             z: `(N,)` or `(k, N)` vectors.
+            memory: of the shape and dtype of the product, which it is written to; None for new one.
 
         Returns:
             The product, of the shape of `z`, in fp32 (fp64 if W, G or z is).
         """
         weights = self._dots(z) @ self._inverse_gram
-        change = self._combine((1.0 - self.damping) * weights, -weights)
+        change = self._combine((1.0 - self.damping) * weights, -weights, memory)
         return change.to(working_dtype(change, z)).add_(z.detach())
 
     def squared_decrement(self, z: Tensor) -> float:
@@ -263,7 +261,8 @@ class SecantCurvature:
         products = self._vector_products.flatten()
         if z is not self._vector:
             rows = z.detach()[None]
-            products = torch.cat((inner_products(rows, self._rows), inner_products(rows, rows)), dim=1)[0]
+            dots = self._differences.dots(rows, "both")
+            products = torch.cat((dots, inner_products(rows, rows)), dim=1)[0]
             products = products if self._total is None else self._total(products)
         on_W, on_G, square = torch.split(products, [self.replicas - 1, self.replicas - 1, 1])
         weights = (on_G + self.damping * on_W) @ self._inverse_gram
@@ -332,7 +331,7 @@ class SecantCurvature:
 
     def _dots(self, z: Tensor) -> Tensor:
         """Inner products of z with the rows of the (damped) G but the first, `(M−1,)` or `(k, M−1)` in fp64."""
-        M, N = self.replicas, self._rows.shape[1]
+        M, N = self.replicas, self._differences.elements
         check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
@@ -340,18 +339,21 @@ class SecantCurvature:
             on_W, on_G = torch.split(self._vector_products[0, :-1], M - 1)
             return on_G + self.damping * on_W
         vectors = z.detach() if z.dim() == 2 else z.detach()[None]
-        dots = inner_products(vectors, self._factors)
+        dots = self._differences.dots(vectors, "G")
         if self.damping:
-            dots += self.damping * inner_products(vectors, self._rows[: M - 1])
+            dots += self.damping * self._differences.dots(vectors, "W")
         return (dots if self._total is None else self._total(dots)).reshape(*z.shape[:-1], M - 1)
 
-    def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
+    def _combine(self, on_W: Tensor, on_G: Tensor, memory: Tensor | None = None) -> Tensor:
         """Differences in W and in G to the first replica, summed with weights `(M−1,)` or `(k, M−1)`."""
-        weights = torch.cat((on_W, on_G), dim=-1).to(self._rows)
-        if not torch.is_autocast_enabled(weights.device.type):
-            return weights @ self._rows
-        with torch.autocast(weights.device.type, enabled=False):
-            return weights @ self._rows
+        return self._differences.combine(torch.cat((on_W, on_G), dim=-1), memory)
+
+
+@cache
+def _upper(count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the upper triangle of a square matrix."""
+    row, column = torch.triu_indices(count, count, device="cpu")
+    return row, column
 
 
 def _reciprocal_of_largest(values: Tensor) -> float:

@@ -17,6 +17,38 @@ class Evaluation(NamedTuple):
     report: "Report"
 
 
+class StepMemory(NamedTuple):
+    """What a step over processes was made of, and the next one writes to: a fresh page costs more than to fill it.
+
+    Nothing of it is written to before the first sum of the next step, but for the gradients: until then the step may be
+    undone, back to these displacements and shared parameters.
+
+    Attributes:
+        displacements: `(M, n)`, before the step.
+        gradients: `(M, n)`.
+        mean: `(n,)`, of the gradients.
+        shared: `(n,)`, parameters before the step.
+    """
+
+    displacements: Tensor | None = None
+    gradients: Tensor | None = None
+    mean: Tensor | None = None
+    shared: Tensor | None = None
+
+    def fits(self, displacements: Tensor) -> bool:
+        """Whether a step from these displacements may write to it."""
+        own = self.displacements
+        return own is not None and (own.shape, own.dtype, own.device, own.data_ptr() == displacements.data_ptr()) == (
+            displacements.shape,
+            displacements.dtype,
+            displacements.device,
+            False,
+        )
+
+
+NO_MEMORY = StepMemory()
+
+
 class Report:
     """Losses, whether all is finite, and the length of the mean gradient, summed on the way with other sums.
 
@@ -41,12 +73,11 @@ class Report:
         with_norm: bool = False,
     ) -> None:
         self._total = total
-        self._replicas = len(losses)
-        wrong = torch.zeros(len(losses), dtype=torch.float64)
-        if not bool(torch.isfinite(mean.sum())):  # only then is it worth looking at every replica
-            wrong = (~torch.isfinite(gradients).all(dim=1)).double().cpu()
-        squared_norm = inner_products(mean[None], mean[None]).flatten() if with_norm else wrong.new_zeros(1)
-        self._numbers = torch.cat((wrong, losses.double().cpu(), squared_norm))
+        self._gradients = gradients
+        squared_norm = float(inner_products(mean[None], mean[None])) if with_norm else 0.0
+        # A sum is not finite where an element of any replica is not, and hardly ever else.
+        other = torch.tensor([float(mean.sum()), squared_norm], dtype=torch.float64)
+        self._numbers = torch.cat((losses.double().cpu(), other))
         self._summed = False
 
     def total(self, sums: Tensor) -> Tensor:
@@ -66,19 +97,24 @@ class Report:
         self._summed = True
         everything = self._total(torch.cat((self._numbers, sums.flatten())))
         self._numbers, others = torch.split(everything, [len(self._numbers), sums.numel()])
-        losses = self.losses
-        sound = (self._numbers[: self._replicas] == 0.0) & torch.isfinite(losses)
+        if not bool(self._numbers.isfinite().all()):
+            self._blame()
+        return others.reshape(sums.shape)
+
+    def _blame(self) -> None:
+        """Find out who it is whose loss or gradient is not finite, and raise, unless it was a sum alone."""
+        wrong = self._total((~torch.isfinite(self._gradients).all(dim=1)).double().cpu())
+        sound = (wrong == 0.0) & torch.isfinite(self.losses)
         if not bool(sound.all()):
             replica = int((~sound).nonzero()[0])
-            loss = float(losses[replica])
+            loss = float(self.losses[replica])
             raise FloatingPointError(f"loss or gradient of replica {replica} is not finite (loss {loss})")
-        return others.reshape(sums.shape)
 
     @property
     def losses(self) -> Tensor:
         """Losses of all replicas, `(M,)` fp64 on the CPU."""
         self.settle()
-        return self._numbers[self._replicas : -1]
+        return self._numbers[:-2]
 
     @property
     def norm(self) -> float:

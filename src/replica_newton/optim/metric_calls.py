@@ -11,7 +11,7 @@ from torch import Tensor
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.calls import Call, flat
 from replica_newton.optim.closures import given_gradients
-from replica_newton.optim.evaluation import Evaluation, Report
+from replica_newton.optim.evaluation import NO_MEMORY, Evaluation, Report, StepMemory
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
 from replica_newton.optim.probe_calls import ProbeCalls
@@ -85,7 +85,7 @@ class MetricCalls(ProbeCalls):
         nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         random_state = None if metric_step.probes is None else RandomState(parameters)
         evaluate = closure or given_gradients(parameters)
-        evaluation = self._evaluate(evaluate, parameters, nowhere, "own", dealing)
+        evaluation = self._evaluate(evaluate, parameters, nowhere, "own", dealing=dealing)
         if metric_step.probes is not None and random_state is not None:
             metric_step.probes.attach(self._held(metric_step.probes, dealing))
             self._probe_over(metric_step, dealing, evaluate, parameters, random_state, evaluation.report.total)
@@ -252,17 +252,18 @@ class MetricCalls(ProbeCalls):
         parameters: list[Tensor],
         W: Tensor,
         data: Data,
+        memory: StepMemory = NO_MEMORY,
         dealing: Dealing | None = None,
     ) -> Evaluation:
         """Losses and gradients of what is minimised: negated if a group maximizes."""
         self._evaluated = True
-        if dealing is not None and isinstance(self.topology, Processes):
-            losses, gradients = self.topology.gradients(closure, parameters, W, data, dealing)
+        if isinstance(self.topology, Processes):
+            losses, gradients = self.topology.gradients(closure, parameters, W, data, dealing, memory.gradients)
         else:
             losses, gradients = self.topology.gradients(closure, parameters, W, data)
         part = dealing.part if dealing is not None and dealing.direct else None
         gradients = self._signed(gradients.to(W.dtype), parameters, part)
-        mean = gradients.mean(dim=0)
+        mean = torch.mean(gradients, dim=0, out=memory.mean)
         with_norm = self.max_norm is not None and data == "own"
         return Evaluation(gradients, mean, Report(self.topology.total, losses, gradients, mean, with_norm=with_norm))
 

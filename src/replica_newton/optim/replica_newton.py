@@ -13,7 +13,7 @@ from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
 from replica_newton.optim.calls import Nonfinite, flat
 from replica_newton.optim.closures import given_gradients
-from replica_newton.optim.evaluation import Evaluation
+from replica_newton.optim.evaluation import NO_MEMORY, Evaluation, StepMemory
 from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.metric_calls import MetricCalls
 from replica_newton.optim.metric_step import MetricStep, check_options
@@ -22,6 +22,7 @@ from replica_newton.spread import LocalStep, RandomDirections, Spread
 from replica_newton.spread.spread import Held
 from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
+from replica_newton.topology.processes import Processes
 from replica_newton.topology.simulated import Data
 
 logger = logging.getLogger(__name__)
@@ -149,13 +150,18 @@ class ReplicaNewton(MetricCalls):
         self.max_norm = max_norm
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
+        self._memory = NO_MEMORY
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, topology, nonfinite)
         if self.topology.replicas == 1 and self.metric_step is None:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "metric_step", "spread", "secant_data", "damping", "rtol", "max_norm")
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
+        return (
+            super().__getstate__()
+            | {name: getattr(self, name) for name in own}
+            | {"curvature": None, "_memory": NO_MEMORY}
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -221,14 +227,13 @@ class ReplicaNewton(MetricCalls):
         if self.metric_step is not None:
             self._take_metric_step(self.metric_step, closure, parameters)
             return
-        if self.topology.distributed:
-            self.curvature = None  # larger than the state: not to be kept while gradients are evaluated
         shared, W = self._stand(parameters)
+        memory = self._memory_of_last_step(W)
         rates = self._by_element(parameters, [float(group["lr"]) for group in self.param_groups])
         kept = self._by_element(
             parameters, [1.0 - float(group["lr"]) * group["weight_decay"] for group in self.param_groups]
         )
-        evaluation = self._evaluate(closure or given_gradients(parameters), parameters, W, "own")
+        evaluation = self._evaluate(closure or given_gradients(parameters), parameters, W, "own", memory)
         if closure is not None:
             self.curvature = self._observe(closure, parameters, W, evaluation)
         evaluation.report.settle()
@@ -238,13 +243,17 @@ class ReplicaNewton(MetricCalls):
             # Shorter rates are shorter gradients for all but the secants.
             rates = rates * _clipping(evaluation.report.norm, self.max_norm)
         if closure is None:
-            self._settle(parameters, _moved(shared, kept, mean, rates), W)
+            self._settle(parameters, _moved(shared, kept, mean, rates, memory.shared), W)
             return
         step = self.state[parameters[0]].get("step", 0)
-        shared = _moved(shared, kept, self._direction(mean, rates), rates)
-        W = self.spread.displacements(evaluation.gradients, rates, step, **self._columns(parameters))
-        del evaluation, mean  # what is on its way to the replicas takes their place
-        self._settle(parameters, shared, W, step + 1)
+        direction = self._direction(mean, rates, memory.shared)
+        moved = _moved(shared, kept, direction, rates, memory.shared)
+        parted = self.spread.displacements(
+            evaluation.gradients, rates, step, **self._columns(parameters, mean, memory.displacements)
+        )
+        if self.topology.distributed:
+            self._memory = StepMemory(W, evaluation.gradients, mean, shared)
+        self._settle(parameters, moved, parted, step + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
@@ -302,11 +311,31 @@ class ReplicaNewton(MetricCalls):
             self._together = False
         return shared, W
 
-    def _columns(self, parameters: list[Tensor]) -> dict[str, Held]:
+    def _memory_of_last_step(self, W: Tensor) -> StepMemory:
+        """Over processes, what the last step was made of, which its curvature need not keep any longer."""
+        memory, self._memory = self._memory, NO_MEMORY
+        if self.topology.distributed and self.curvature is not None:
+            self.curvature.release()
+            self.curvature = None
+        # Not after a step that was undone: it has led from these displacements.
+        return memory if memory.fits(W) else NO_MEMORY
+
+    def release(self) -> None:
+        """Free what is kept over processes from step to step to be written to again, and the last curvature.
+
+        It is up to `(3 + 2/M)` elements a parameter in the optimizer and 2 in the topology, beside the state's
+        `(M + 1)/M`; the next step allocates it anew.
+        """
+        self.curvature, self._memory = None, NO_MEMORY
+        if isinstance(self.topology, Processes):
+            self.topology.release()
+
+    def _columns(self, parameters: list[Tensor], mean: Tensor, memory: Tensor | None) -> dict[str, Held]:
         """Argument of a spread: which columns this process holds. None for all: a spread of a user need not know it."""
         if not self.topology.distributed:
             return {}
-        return {"held": Held(sum(local(parameter).numel() for parameter in parameters), self.topology)}
+        elements = sum(local(parameter).numel() for parameter in parameters)
+        return {"held": Held(elements, self.topology, mean, memory)}
 
     def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
         """Move all to new shared parameters and displacements, and keep them."""
@@ -335,20 +364,20 @@ class ReplicaNewton(MetricCalls):
                 return None
             secants = self._evaluate(closure, parameters, W, "common")
         if self.topology.distributed:
-            options: dict[str, Any] = {"total": secants.report.total, "vector": evaluation.mean}
+            options: dict[str, Any] = {"total": secants.report.total, "vector": evaluation.mean, "copy": False}
         else:
             secants.report.settle()
             options = {}
         curvature = SecantCurvature(W, secants.gradients, rtol=self.rtol, damping=self.damping, **options)
         return curvature if curvature.parted else None
 
-    def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Tensor:
+    def _direction(self, mean_gradient: Tensor, rates: Tensor | float, memory: Tensor | None) -> Tensor:
         """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
         curvature = self.curvature
         if curvature is None:
             return mean_gradient
         if self.rule == "paper":
-            direction = curvature.inverse_hvp(mean_gradient)
+            direction = curvature.inverse_hvp(mean_gradient, memory=memory)
         else:
             direction = saddle_free_inverse_hvp(
                 curvature.eigenvalues,
@@ -404,10 +433,12 @@ def _clipping(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-def _moved(shared: Tensor, kept: Tensor | float, direction: Tensor, rates: Tensor | float) -> Tensor:
-    """`(1 − α λ) w − α d`, in one pass where there is no decay."""
+def _moved(
+    shared: Tensor, kept: Tensor | float, direction: Tensor, rates: Tensor | float, memory: Tensor | None = None
+) -> Tensor:
+    """`(1 − α λ) w − α d`, in one pass where there is no decay; d may be in the memory that the result goes to."""
     if isinstance(kept, Tensor) or kept != 1.0:
         shared = shared * kept
     if isinstance(rates, Tensor):
-        return torch.addcmul(shared, rates, direction, value=-1)
-    return torch.add(shared, direction, alpha=-rates)
+        return torch.addcmul(shared, rates, direction, value=-1, out=memory)
+    return torch.add(shared, direction, alpha=-rates, out=memory)

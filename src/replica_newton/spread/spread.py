@@ -28,10 +28,19 @@ class Spread(Protocol):
 
 
 class Held(NamedTuple):
-    """Columns of a process: rows have `elements` = N elements in all."""
+    """Which columns a process has of rows that several share, and what it has made of them already.
+
+    Attributes:
+        elements: N, of a whole row.
+        columns: which n of them.
+        mean: `(n,)`, of the gradients over the replicas.
+        memory: `(M, n)`, for the displacements; None for new one.
+    """
 
     elements: int
     columns: Columns
+    mean: Tensor
+    memory: Tensor | None = None
 
 
 def regrouped(displacements: Tensor, before: Sequence[int], now: Sequence[int]) -> Tensor:
@@ -76,10 +85,12 @@ class LocalStep:
         gradients: Tensor,
         rates: Tensor | float,
         step: int,  # noqa: ARG002
-        held: Held | None = None,  # noqa: ARG002
+        held: Held | None = None,
     ) -> Tensor:
         """`d_m = −rate·(g_m − ḡ)`, `(M, n)`, column by column; the number of the step does not matter."""
-        return (gradients - gradients.mean(dim=0)).mul_(-rates)
+        if held is None:
+            return (gradients - gradients.mean(dim=0)).mul_(-rates)
+        return torch.sub(gradients, held.mean, out=held.memory).mul_(-rates)
 
 
 class RandomDirections:

@@ -121,17 +121,20 @@ class Buckets:
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._buckets)
 
-    def split(self, bucket: Bucket, pieces: Sequence[Tensor]) -> Tensor:
+    def split(self, bucket: Bucket, pieces: Sequence[Tensor], memory: Tensor | None = None) -> Tensor:
         """What the holders get of one bucket of a vector.
 
         Args:
             bucket: of this partition.
             pieces: tensors whose elements are the bucket's, one after the other.
+            memory: `(H w,)` in `dtype`, which the result is written to; None for new one.
 
         Returns:
             `(H, w)` in `dtype`, filled up with zeros.
         """
-        padded = pieces[0].new_empty(self.holders * bucket.width, dtype=self.dtype)
+        padded = memory
+        if padded is None:
+            padded = pieces[0].new_empty(self.holders * bucket.width, dtype=self.dtype)
         torch.cat([piece.reshape(-1) for piece in pieces], out=padded[: bucket.size])
         padded[bucket.size :] = 0
         return padded.reshape(self.holders, bucket.width)
@@ -170,6 +173,36 @@ class Buckets:
         return part
 
 
+class Workspace:
+    """Memory that is used again in every step: to touch a fresh page costs more than to fill it.
+
+    Two tensors a bucket, one for what is sent of a row or has come of it, one for what has come of columns or is sent
+    of them: gradients go one way and points go the other.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, name: str, bucket: Bucket, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a bucket, with what the last user has left in it.
+
+        Args:
+            name: of the two.
+            bucket: whose it is.
+            rows: how many it has of the bucket's width.
+            dtype: of the elements.
+            device: where it is.
+
+        Returns:
+            `(rows · w,)`.
+        """
+        found = self._tensors.get((name, bucket.columns.start))
+        if found is None or (found.numel(), found.dtype, found.device) != (rows * bucket.width, dtype, device):
+            found = torch.empty(rows * bucket.width, dtype=dtype, device=device)
+            self._tensors[name, bucket.columns.start] = found
+        return found
+
+
 Arrival = Callable[[], Tensor]
 """Waits for what has come of one bucket, a row of each replica."""
 
@@ -186,27 +219,28 @@ class Route(NamedTuple):
     join: Callable[[list[Arrival]], Tensor]
 
 
-def joined(started: list[Arrival], buckets: Buckets) -> Tensor:
+def joined(started: list[Arrival], buckets: Buckets, memory: Tensor | None = None) -> Tensor:
     """The columns of all buckets beside each other.
 
     Args:
         started: the exchange of every bucket; emptied, so that nothing holds on to what has travelled.
         buckets: theirs, at least one.
+        memory: `(M, n)`, which the result is written to if it fits; None for new one.
 
     Returns:
         `(M, n)`.
     """
-    columns = started.pop(0)()
-    if not started:
-        return columns
-    first, rest = columns, list(buckets)[1:]
-    columns = first.new_empty(len(first), buckets.width if first.numel() else 0)
-    columns[:, : first.shape[1]] = first
-    for bucket in rest:
+    columns = None
+    for bucket in buckets:
         received = started.pop(0)()
+        if columns is None:
+            shape = (len(received), buckets.width if received.numel() else 0)
+            columns = memory
+            if columns is None or (columns.shape, columns.dtype) != (shape, received.dtype):
+                columns = received.new_empty(shape)
         if received.numel():
             columns[:, bucket.columns] = received
-    return columns
+    return torch.empty(0) if columns is None else columns
 
 
 class GradientExchange:

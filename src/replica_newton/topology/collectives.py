@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, BroadcastOptions, PrefixStore, Store
+from torch._C._distributed_c10d import AllToAllOptions, BroadcastOptions, PrefixStore, Store
 
 from replica_newton.topology.watch import MembersLost, TopologyError, Watch
 
@@ -19,6 +19,37 @@ Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
 
 _SLICE = 0.1
 """Seconds between two looks, while waiting, whether somebody else has noticed that a process is lost."""
+_LITTLE = 256
+"""Numbers that a process may send for a sum in one message to each, where two would send less."""
+
+
+def sent_for_a_sum(numbers: int, processes: int) -> int:
+    """What every process sends to the others for a sum over all.
+
+    Args:
+        numbers: K, that are summed.
+        processes: P.
+
+    Returns:
+        `(P−1) K` in one message to each where that is little, `2 (P−1) ⌈K/P⌉` in two otherwise.
+    """
+    others = processes - 1
+    if exchanges_for_a_sum(numbers, processes) == 1:
+        return others * numbers
+    return 2 * others * -(-numbers // processes)
+
+
+def exchanges_for_a_sum(numbers: int, processes: int) -> int:
+    """How often all send to all for a sum, one time after the other.
+
+    Args:
+        numbers: that are summed.
+        processes: that sum them.
+
+    Returns:
+        1 or 2.
+    """
+    return 1 if processes == 2 or (processes - 1) * numbers <= _LITTLE else 2
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -144,7 +175,13 @@ class Collectives:
                 tensor.copy_(buffer)
 
     def start_exchange(
-        self, sent: Tensor, senders: Sequence[int], receivers: Sequence[int], width: int, phase: str
+        self,
+        sent: Tensor,
+        senders: Sequence[int],
+        receivers: Sequence[int],
+        width: int,
+        phase: str,
+        memory: Callable[[int], Tensor] | None = None,
     ) -> Callable[[], Tensor]:
         """Begin an all-to-all of `width` elements from every sender to every receiver, and go on meanwhile.
 
@@ -154,6 +191,7 @@ class Collectives:
             receivers: their ranks, ascending.
             width: elements from one to one.
             phase: what an error calls it.
+            memory: gives memory, `(k · width,)`, for what comes from k senders; None for new one.
 
         Returns:
             What waits for it and returns `(senders, width)` for a receiver, `(senders, 0)` for others.
@@ -163,11 +201,17 @@ class Collectives:
         incoming = [width if receives and rank in senders else 0 for rank in range(self.size)]
         # Expanded rows of one element are a view without storage of their own, even when flattened.
         flat = sent.reshape(-1).contiguous() if sends else sent.new_empty(0)
-        wait = self.start_all_to_all(flat, outgoing, incoming, phase)
+        received = memory(len(senders)) if memory is not None and receives else None
+        wait = self.start_all_to_all(flat, outgoing, incoming, phase, received)
         return lambda: wait().reshape(len(senders), -1)
 
     def start_all_to_all(
-        self, sent: Tensor, outgoing: Sequence[int], incoming: Sequence[int], phase: str
+        self,
+        sent: Tensor,
+        outgoing: Sequence[int],
+        incoming: Sequence[int],
+        phase: str,
+        received: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         """Begin to send every process as many elements as it is to get, and go on meanwhile.
 
@@ -176,13 +220,14 @@ class Collectives:
             outgoing: how many are for each.
             incoming: how many come from each.
             phase: what an error calls it.
+            received: memory for all that comes, one after the other; None for new one.
 
         Returns:
             What waits for it and returns what has come, one after the other.
         """
-        received = sent.new_empty(sum(incoming))
+        into = sent.new_empty(sum(incoming)) if received is None else received
         self.elements_sent[phase] += sum(outgoing) - outgoing[self.rank]
-        start = partial(self.group.alltoall_base, received, sent, list(incoming), list(outgoing), AllToAllOptions())
+        start = partial(self.group.alltoall_base, into, sent, list(incoming), list(outgoing), AllToAllOptions())
         begun: Callable[[], Any]
         try:
             work = start()
@@ -192,12 +237,17 @@ class Collectives:
 
         def wait() -> Tensor:
             self._run(phase, begun)
-            return received
+            return into
 
         return wait
 
     def sum(self, sums: Tensor, phase: str) -> Tensor:
         """Sum over the processes, the same bits in all of them.
+
+        What a small sum costs is the number of messages that wait for each other. An all-reduce over a ring has
+        2 (P−1) of them in P processes, an exchange of all with all one. So little is sent to everybody, who adds it up
+        in the order of the ranks; of more than that everybody adds up a P-th, and sends the others what came out: two
+        messages, and the bytes of the ring (see `sent_for_a_sum`).
 
         Args:
             sums: of the same shape in all processes.
@@ -206,10 +256,22 @@ class Collectives:
         Returns:
             The sum.
         """
-        on_device = sums.cuda() if self._on_device else sums.clone()
-        self._run(phase, partial(self.group.allreduce, [on_device], AllreduceOptions()))
-        self.elements_sent[phase] += 2 * sums.numel() * (self.size - 1) // self.size
-        return on_device.to(sums.device)
+        P, K = self.size, sums.numel()
+        if P == 1:
+            return sums.clone()
+        flat = sums.flatten().cuda() if self._on_device else sums.flatten()
+        if exchanges_for_a_sum(K, P) == 1:
+            total = self._from_each(flat.expand(P, K), phase).sum(dim=0)
+        else:
+            padded = torch.nn.functional.pad(flat, (0, -K % P)).reshape(P, -1)
+            part = self._from_each(padded, phase).sum(dim=0)
+            total = self._from_each(part.expand(P, -1), phase).flatten()[:K]
+        return total.reshape(sums.shape).to(sums.device)
+
+    def _from_each(self, sent: Tensor, phase: str) -> Tensor:
+        """Row j of `(P, w)` goes to process j; row j of what is returned has come from there."""
+        everyone = range(self.size)
+        return self.start_exchange(sent, everyone, everyone, sent.shape[1], phase)()
 
     def tell_why(self, error: Exception) -> None:
         """Leave word of an error in this process, which the others would only know as silence.

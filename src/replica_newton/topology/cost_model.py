@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from replica_newton.topology.collectives import exchanges_for_a_sum, sent_for_a_sum
+from replica_newton.topology.estimate import numbers_summed
+
 _SUM_BYTES = 8
 
 
@@ -61,9 +64,9 @@ class Work:
 def work(setting: Setting) -> Work:
     """What a process of `TreeReduction` does in a step.
 
-    Two all-to-alls of a row of N elements, in which a process sends M − 1 messages, and one all-reduce of about 3 M²
-    numbers in 2 log₂ M rounds; on 1/M of the columns of 2 M − 1 rows all inner products, and a linear combination; the
-    inverse of an M×M matrix. A second gradient repeats one all-to-all, the all-reduce and nothing else.
+    Two all-to-alls of a row of N elements and one or two of the parts of a sum of about 2 M² numbers, in each of which
+    a process sends M − 1 messages; on 1/M of the columns of 2 M − 1 rows all inner products, and a linear combination;
+    the inverse of an M×M matrix. A second gradient repeats one all-to-all, the sum and nothing else.
 
     Args:
         setting: N, M, K and bytes.
@@ -73,13 +76,11 @@ def work(setting: Setting) -> Work:
     """
     N, M = setting.parameters, setting.replicas
     second = 0.0 if setting.every is None else 1.0 / setting.every
-    rounds = 2 * (M - 1).bit_length()
-    sums = 3 * (M - 1) ** 2 + 4 * M + 1
+    sums = numbers_summed(M)
     row = N * (M - 1) / M * setting.element
-    all_reduce = 2 * sums * (M - 1) / M * _SUM_BYTES
     return Work(
-        messages=(2 + second) * (M - 1) + (1 + second) * rounds,
-        sent=(2 + second) * row + (1 + second) * all_reduce,
+        messages=((2 + second) + (1 + second) * exchanges_for_a_sum(sums, M)) * (M - 1),
+        sent=(2 + second) * row + (1 + second) * sent_for_a_sum(sums, M) * _SUM_BYTES,
         elements=float(N),
         products=(2 * M - 1) ** 2 * N / M + M**3,
     )

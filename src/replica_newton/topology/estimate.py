@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from replica_newton.topology.collectives import sent_for_a_sum
+
 Kind = Literal["simulated", "tree", "server"]
 Rule = Literal["metric", "paper"]
 
@@ -69,11 +71,8 @@ def estimate(
         return _estimate_metric(kind, parameters, M, servers, element, kept)
     if kind == "simulated":
         return [Load("process", 1, 0, 0, M * parameters * kept)]
-    # One sum: losses and flags of all replicas and a norm; three Gram matrices of differences, their products with the
-    # mean gradient, and whether the replicas have parted.
-    sums = (2 * M + 1) + 3 * (M - 1) ** 2 + (2 * M - 1) + 1
     processes = M if kind == "tree" else M + servers
-    sums_sent = 2 * sums * (processes - 1) // processes * _SUMS_BYTES
+    sums_sent = sent_for_a_sum(numbers_summed(M), processes) * _SUMS_BYTES
     if kind == "tree":
         width = -(-parameters // M)
         return [Load("process", M, 2 * (M - 1) * width * element, sums_sent, (M + 1) * width * kept)]
@@ -84,17 +83,36 @@ def estimate(
     ]
 
 
+def numbers_summed(replicas: int) -> int:
+    """Numbers that a step of the rule "paper" sums over the processes, at once.
+
+    Args:
+        replicas: M.
+
+    Returns:
+        Those that are reported, the inner products of all differences and the mean gradient with each other, and
+        whether the replicas have parted.
+    """
+    rows = 2 * replicas - 1
+    return _reported(replicas) + rows * (rows + 1) // 2 + 1
+
+
+def _reported(replicas: int) -> int:
+    """Losses of all replicas, and a sum and the length of the mean gradient; see `Report`."""
+    return replicas + 2
+
+
 def _estimate_metric(kind: Kind, N: int, M: int, servers: int, element: int, kept: int) -> list[Load]:
     if kind == "simulated":
         return [Load("process", 1, 0, 0, _METRIC_STATE * N * kept)]
     processes, holders = (M, M) if kind == "tree" else (M + servers, servers)
-    # Losses and flags of all replicas and a norm; and seven numbers about the parameters.
-    sums_sent = 2 * (2 * M + 1 + 7) * (processes - 1) // processes * _SUMS_BYTES
+    # Seven are about the parameters.
+    sums_sent = sent_for_a_sum(_reported(M) + 7, processes) * _SUMS_BYTES
     state = _METRIC_STATE * -(-N // holders) * kept
     if kind == "tree":
         return [Load("process", M, round(2 * N * (M - 1) / M * element), sums_sent, state)]
     # Once more, whether all servers are prepared.
-    sums_sent += 2 * (processes - 1) // processes * _SUMS_BYTES
+    sums_sent += sent_for_a_sum(1, processes) * _SUMS_BYTES
     return [
         Load("server", servers, round(M * N / servers * element), sums_sent, state),
         Load("worker", M, N * element, sums_sent, 0),

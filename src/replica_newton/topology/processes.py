@@ -18,6 +18,7 @@ from replica_newton.topology.buckets import (
     Buckets,
     GradientExchange,
     Route,
+    Workspace,
     joined,
     local,
     write,
@@ -118,6 +119,12 @@ class Processes(LastingMembers):
         self._among_workers = collectives.among(self._workers) if self.is_worker else collectives
         self._buckets = Buckets((), torch.float32, len(self._holders))
         self._dealt: tuple[Buckets, Dealing] | None = None
+        # Made anew with the members: what lost ones have begun may still be written to.
+        self._workspace = Workspace()
+
+    def release(self) -> None:
+        """Free the memory that is kept from step to step for what travels, up to two elements a parameter."""
+        self._workspace = Workspace()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(replicas={self.replicas}, rank={self.rank})"
@@ -231,10 +238,10 @@ class Processes(LastingMembers):
             displacements: `(M, n)` columns.
         """
 
-        def points(columns: slice) -> Tensor:
-            return shared[columns] + displacements[:, columns]
+        def points(columns: slice, memory: Tensor) -> Tensor:
+            return torch.add(shared[columns], displacements[:, columns], out=memory.view(self.replicas, -1))
 
-        for bucket, point in self._arriving(points, "points"):
+        for bucket, point in self._arriving(points, "points", shared, self._workspace):
             if self.is_worker:
                 write(parameters[bucket.parameters], point)
 
@@ -247,8 +254,12 @@ class Processes(LastingMembers):
         Returns:
             `(N,)`; called by all processes, each of which must have a replica.
         """
+
+        def held(some: slice, memory: Tensor) -> Tensor:
+            return memory.view(self.replicas, -1).copy_(columns[:, some])
+
         row = columns.new_empty(self._buckets.size)
-        for bucket, piece in self._arriving(lambda held: columns[:, held], "directions"):
+        for bucket, piece in self._arriving(held, "directions", columns, Workspace()):
             row[bucket.elements] = piece
         return row
 
@@ -273,22 +284,31 @@ class Processes(LastingMembers):
         ]
         return joined(started, self._buckets).to(row.dtype)
 
-    def _arriving(self, columns: Callable[[slice], Tensor], phase: str) -> Iterator[tuple[Bucket, Tensor]]:
-        """Every bucket of the local replica's row as it arrives, given which columns, `(M, w)`, are held."""
+    def _arriving(
+        self, columns: Callable[[slice, Tensor], Tensor], phase: str, like: Tensor, workspace: Workspace
+    ) -> Iterator[tuple[Bucket, Tensor]]:
+        """Every bucket of the local row as it arrives; `columns` writes what is held of a bucket into memory."""
         travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        holds = self._all.rank in self._holders
 
         def arrived() -> tuple[Bucket, Tensor]:
             bucket, wait = travelling.popleft()
             return bucket, wait().flatten()[: bucket.size]
 
         for bucket in self._buckets:
-            sent = columns(bucket.columns).to(self._buckets.dtype)
-            started = self._all.start_exchange(sent, self._holders, self._workers, bucket.width, phase)
+            memory = partial(self._memory, workspace, like.device, bucket)
+            sent = columns(bucket.columns, memory("columns", self.replicas)) if holds else like[:0]
+            started = self._all.start_exchange(
+                sent, self._holders, self._workers, bucket.width, phase, partial(memory, "row")
+            )
             travelling.append((bucket, started))
             if len(travelling) > _IN_FLIGHT:
                 yield arrived()
         while travelling:
             yield arrived()
+
+    def _memory(self, workspace: Workspace, device: torch.device, bucket: Bucket, name: str, rows: int) -> Tensor:
+        return workspace.take(name, bucket, rows, self._buckets.dtype, device)
 
     def gradients(
         self,
@@ -297,6 +317,7 @@ class Processes(LastingMembers):
         displacements: Tensor,
         data: Data,
         dealing: Dealing | None = None,
+        memory: Tensor | None = None,
     ) -> ReplicaGradients:
         """This process's share of the losses, and the columns that it holds of the gradients.
 
@@ -306,6 +327,7 @@ class Processes(LastingMembers):
             displacements: `(M, n)` columns.
             data: own shards, or that of the first replica for all.
             dealing: in place of columns, gradients go to the hands of their parameters, if it is direct.
+            memory: `(M, n)`, which the columns are written to if it fits; None for new one.
 
         Returns:
             Losses `(M,)`, zero but for (a shard's part in) that of the local replica, and gradients `(M, n)`; columns
@@ -322,7 +344,7 @@ class Processes(LastingMembers):
         if dealing is not None and dealing.direct:
             route = dealing.route(self._for_gradients, nothing)
         else:
-            route = Route(partial(self._start_columns, nothing), partial(joined, buckets=self._buckets))
+            route = Route(partial(self._start_columns, nothing), partial(joined, buckets=self._buckets, memory=memory))
         if not self.is_worker:
             return ReplicaGradients(losses, route.join([route.start(bucket, ()) for bucket in self._buckets]))
         exchange = GradientExchange(parameters, self._buckets, route, lambda: self._postponed)
@@ -338,10 +360,11 @@ class Processes(LastingMembers):
         return ReplicaGradients(losses, exchange.arrived())
 
     def _start_columns(self, nothing: Tensor, bucket: Bucket, pieces: Sequence[Tensor]) -> Arrival:
-        return self._exchange_gradients(self._buckets.split(bucket, pieces) if pieces else nothing, bucket)
-
-    def _exchange_gradients(self, rows: Tensor, bucket: Bucket) -> Arrival:
-        return self._for_gradients.start_exchange(rows, self._workers, self._holders, bucket.width, "gradients")
+        memory = partial(self._memory, self._workspace, nothing.device, bucket)
+        rows = self._buckets.split(bucket, pieces, memory("row", self._buckets.holders)) if pieces else nothing
+        return self._for_gradients.start_exchange(
+            rows, self._workers, self._holders, bucket.width, "gradients", partial(memory, "columns")
+        )
 
     def part(self, vector: Tensor) -> Tensor:
         """The columns of a vector that this process holds.
