@@ -87,7 +87,7 @@ class ReplicaNewton(MetricCalls):
 
     Attributes:
         curvature: `SecantCurvature` of the last step, None where there was none; over processes also after a step
-            that was given up.
+            that was given up, and what is N-sized in it is good until the next step.
         fallbacks: steps that were replaced by the SGD step because they did not descend.
         skipped: steps that were skipped because a loss or gradient was not finite.
 
@@ -98,6 +98,8 @@ class ReplicaNewton(MetricCalls):
         Arnold and Wang (2017), arXiv 1709.05069; Dauphin et al. (2014), arXiv 1406.2572, for "saddle-free"; Loshchilov
         and Hutter (2019), arXiv 1711.05101, for the weight decay.
     """
+
+    _memory = NO_MEMORY
 
     def __init__(
         self,
@@ -150,18 +152,13 @@ class ReplicaNewton(MetricCalls):
         self.max_norm = max_norm
         self.curvature: SecantCurvature | None = None
         self.fallbacks = 0
-        self._memory = NO_MEMORY
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, topology, nonfinite)
         if self.topology.replicas == 1 and self.metric_step is None:
             logger.warning("one replica has no curvature: ReplicaNewton steps as SGD at rate lr")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "metric_step", "spread", "secant_data", "damping", "rtol", "max_norm")
-        return (
-            super().__getstate__()
-            | {name: getattr(self, name) for name in own}
-            | {"curvature": None, "_memory": NO_MEMORY}
-        )
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"curvature": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -323,8 +320,8 @@ class ReplicaNewton(MetricCalls):
     def release(self) -> None:
         """Free what is kept over processes from step to step to be written to again, and the last curvature.
 
-        It is up to `(3 + 2/M)` elements a parameter in the optimizer and 2 in the topology, beside the state's
-        `(M + 1)/M`; the next step allocates it anew.
+        It is up to 2 + 2/M elements a parameter in the optimizer and 2 in the topology, beside the state's (M + 1)/M;
+        the next step allocates it anew.
         """
         self.curvature, self._memory = None, NO_MEMORY
         if isinstance(self.topology, Processes):
