@@ -354,6 +354,7 @@ class Processes(LastingMembers):
             with exchange, torch.enable_grad():
                 loss = closure.common() if data == "common" and isinstance(closure, LocalClosure) else closure()
         except Exception as error:
+            self.release()  # what is on its way still uses it
             self._all.tell_why(error)
             raise
         losses[self._local] = torch.as_tensor(loss).detach().to(losses) / self.shards
