@@ -110,8 +110,8 @@ What the table can and cannot say:
   falling as ours does, averaged") and a tuned rate, SOAP ends 5 to 100 % above ours on five tasks, and at 0.28 of ours
   on digits, where ours would want twice its share. Adam, given the same, stays far behind.
 - Fitting second moments to a basis that has turned ("second moments as they are" is without) takes a loss to between
-  half and all of what it is without, at one seed; so does momentum 0.9 in place of SOAP's 0.95, but on digits, where it
-  is three times worse.
+  half and all of what it is without, at one seed (on three of the nine tasks of [benchmarks.md](benchmarks.md) it ends
+  2 to 10 % above it); so does momentum 0.9 in place of SOAP's 0.95, but on digits, where it is three times worse.
 - **Curvature from replicas wins nothing in this step.** `PairedProbes` follows the top eigenpairs (θ, x) of the Hessian
   in the metric's own coordinates, by second gradients of 8 shards of the batch along 8 directions, and takes `1/|θ|`
   for the rate along x, up to four times the metric's. On four tasks it ends within 5 % of where the same with random

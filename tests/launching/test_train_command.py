@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def start(folder: Path, *arguments: object, launcher: tuple[str, ...] = (sys.exe
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to the tests that run at the same time."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port below 32,000 is free")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -88,9 +97,7 @@ def test_a_worker_beside_a_server_is_dropped_and_training_goes_on(tmp_path: Path
 
 
 def test_two_agents_of_torchrun_train_as_one_process(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    launcher = (*TORCHRUN, f"--rdzv-endpoint=localhost:{port}", "--local-addr=127.0.0.1", "--max-restarts=0")
+    launcher = (*TORCHRUN, f"--rdzv-endpoint=localhost:{free_port()}", "--local-addr=127.0.0.1", "--max-restarts=0")
     agents = [
         start(tmp_path, "--topology", "tree", "--out", "run", "--epochs", 2, "--method", "paper", launcher=launcher)
         for _ in range(2)
