@@ -38,12 +38,9 @@ class StepMemory(NamedTuple):
     def fits(self, displacements: Tensor) -> bool:
         """Whether a step from these displacements may write to it."""
         own = self.displacements
-        return own is not None and (own.shape, own.dtype, own.device, own.data_ptr() == displacements.data_ptr()) == (
-            displacements.shape,
-            displacements.dtype,
-            displacements.device,
-            False,
-        )
+        if own is None or own.data_ptr() == displacements.data_ptr():
+            return False
+        return all(getattr(own, name) == getattr(displacements, name) for name in ("shape", "dtype", "device"))
 
 
 NO_MEMORY = StepMemory()

@@ -297,7 +297,8 @@ class Processes(LastingMembers):
 
         for bucket in self._buckets:
             memory = partial(self._memory, workspace, like.device, bucket)
-            sent = columns(bucket.columns, memory("columns", self.replicas)) if holds else like[:0]
+            nothing = like.new_empty(0, dtype=self._buckets.dtype)
+            sent = columns(bucket.columns, memory("columns", self.replicas)) if holds else nothing
             started = self._all.start_exchange(
                 sent, self._holders, self._workers, bucket.width, phase, partial(memory, "row")
             )
