@@ -1,7 +1,10 @@
-"""What a step of the default rule costs beside the gradient, next to Adam's and SOAP's: taken in turn, one thread.
+"""What a step of the default rule costs beside the gradient, next to Adam's and SOAP's: taken in turn.
+
+On the CPU with one thread, or on a GPU, whose batches of text are larger: there a gradient fills it.
 
 python benchmarks/metric_cost.py                    # a quarter of an hour and 12 GB; docs/results/metric_cost.json
 python benchmarks/metric_cost.py --network convnet  # prints alone
+python benchmarks/metric_cost.py --device cuda      # a minute; docs/results/metric_cost_cuda.json
 """
 
 import argparse
@@ -24,7 +27,6 @@ from replica_newton import ReplicaNewton
 from replica_newton.benchmark.models import CausalTransformer
 from replica_newton.training.models import reference_convnet
 
-RESULTS = Path("docs/results/metric_cost.json")
 GROUP = 5
 """Steps from one basis to the next. A time is the mean of so many, so that all have a turn of the bases in them."""
 EVERY = 10
@@ -41,6 +43,8 @@ class Case:
     inputs: Callable[[], Tensor]
     classes: int
     groups: int
+    copies: int = 1
+    """Of the inputs, in a batch on a GPU."""
 
 
 def _mlp(*widths: int) -> nn.Module:
@@ -62,10 +66,10 @@ CASES = {
     "convnet": Case(lambda: reference_convnet((1, 28, 28), 10), _images, 10, 9),
     "MLP 784-800-400-10": Case(lambda: _mlp(800, 400), _images, 10, 5),
     "transformer, 8 × 512": Case(
-        lambda: CausalTransformer(100, 256, width=512, heads=8, depth=8), _text(100, 4), 100, 3
+        lambda: CausalTransformer(100, 256, width=512, heads=8, depth=8), _text(100, 4), 100, 3, 12
     ),
     "transformer, 12 × 768": Case(
-        lambda: CausalTransformer(25_000, 256, width=768, heads=12, depth=12), _text(25_000, 4), 25_000, 1
+        lambda: CausalTransformer(25_000, 256, width=768, heads=12, depth=12), _text(25_000, 4), 25_000, 1, 12
     ),
 }
 
@@ -90,18 +94,23 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(CASES), action="append", help="may be repeated; default all")
-    chosen = parser.parse_args().network or list(CASES)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
+    options = parser.parse_args()
+    chosen, device = options.network or list(CASES), torch.device(options.device)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = {name: measure(CASES[name], name) for name in chosen}
+    found = {name: measure(CASES[name], name, device) for name in chosen}
     table = Table("ms a step", "N", "gradient", *OPTIMIZERS, "over bar", title=TITLE)
     for name, one in found.items():
         times = (f"{one[key]:.4g}" for key in ("gradient", *OPTIMIZERS))
         table.add_row(name, f"{one['parameters']:,}", *times, f"{over_bar(one):.1f}")
     Console().print(table)
     if chosen == list(CASES):
-        content = {"torch": torch.__version__, "threads": 1, "milliseconds": found}
-        RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        content = {"torch": torch.__version__, "threads": 1} | ({"card": card} if card else {})
+        file = options.out / f"metric_cost{'_cuda' if card else ''}.json"
+        file.write_text(json.dumps(content | {"milliseconds": found}, indent=1, ensure_ascii=False) + "\n")
 
 
 def over_bar(milliseconds: Mapping[str, float]) -> float:
@@ -109,21 +118,29 @@ def over_bar(milliseconds: Mapping[str, float]) -> float:
     return milliseconds["kronecker"] / (1.1 * milliseconds["Adam"] + milliseconds["gradient"] / EVERY)
 
 
-def measure(case: Case, name: str) -> dict[str, float]:
+def measure(case: Case, name: str, device: torch.device) -> dict[str, float]:
     """Milliseconds of a gradient and of each optimizer's own arithmetic, at the same gradients: medians of groups."""
-    network, inputs = case.model(), case.inputs()
+    network, inputs = case.model().to(device), case.inputs().to(device)
+    if device.type == "cuda":
+        inputs = inputs.repeat(case.copies, *[1] * (inputs.dim() - 1))
     optimizers = {key: make(network) for key, make in OPTIMIZERS.items()}
     seconds: dict[str, list[float]] = {}
 
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def timed(key: str, work: Callable[[], object]) -> None:
+        finish()
         start = time.perf_counter()
         work()
+        finish()
         seconds.setdefault(key, []).append(time.perf_counter() - start)
 
     def gradient() -> None:
         network.zero_grad()
         logits = network(inputs).flatten(0, -2)
-        cross_entropy(logits, torch.randint(case.classes, (len(logits),))).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(logits, torch.randint(case.classes, (len(logits),), device=device)).backward()  # type: ignore[no-untyped-call]
 
     for _ in track(range(1 + GROUP * case.groups), name):
         timed("gradient", gradient)

@@ -37,12 +37,12 @@ def network(dtype: torch.dtype, *, normalised: bool = False, seed: int = 0) -> N
     return Network(normalised).to(dtype)
 
 
-def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def batch(step: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A global batch that is the same for all."""
     generator = torch.Generator().manual_seed(1000 + step)
     inputs = torch.randn(BATCH, 7, generator=generator, dtype=torch.float64)
     targets = (inputs[:, :CLASSES] + 0.3 * torch.randn(BATCH, CLASSES, generator=generator)).argmax(dim=1)
-    return inputs.to(dtype), targets
+    return inputs.to(device, dtype), targets.to(device)
 
 
 def train(
@@ -59,11 +59,12 @@ def train(
     poisoned: tuple[int, ...] = (),
     batched: bool | None = None,
     mark: int = 0,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
     """Train by the optimizer, over processes or (rank None) in this one; everything that a test may want to know."""
     # Processes start apart on purpose: rank 0 decides.
-    module = network(dtype, normalised=normalised, seed=0 if rank is None else (rank - servers) % count)
+    module = network(dtype, normalised=normalised, seed=0 if rank is None else (rank - servers) % count).to(device)
     if rank is None:
         topology: Any = Simulated(count, batched=batched)
     else:
@@ -89,7 +90,7 @@ def train(
     for step in range(steps):
         if step == mark and rank is not None:
             sent_before = dict(topology.elements_sent)
-        inputs, targets = batch(step, dtype)
+        inputs, targets = batch(step, dtype, device)
         if step in poisoned:
             inputs[-1, 0] = torch.nan
         if rank is not None:
@@ -114,20 +115,20 @@ def train(
             eigenvalues.append(optimizer.curvature.eigenvalues)
         if step % 50 == 7:
             optimizer.synchronise()
-            together.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+            together.append(nn.utils.parameters_to_vector(module.parameters()).detach().to("cpu", copy=True))
         for group in optimizer.param_groups:
             group["lr"] *= decay
     sent = dict(topology.elements_sent) if rank is not None else {}
     with optimizer.averaged():
-        averaged = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+        averaged = nn.utils.parameters_to_vector(module.parameters()).detach().to("cpu", copy=True)
     optimizer.close()
     return {
         "averaged": averaged,
         "losses": losses,
         "eigenvalues": eigenvalues,
         "together": together,
-        "parameters": nn.utils.parameters_to_vector(module.parameters()).detach(),
-        "buffers": [buffer.clone() for buffer in module.buffers()],
+        "parameters": nn.utils.parameters_to_vector(module.parameters()).detach().cpu(),
+        "buffers": [buffer.to("cpu", copy=True) for buffer in module.buffers()],
         "fallbacks": optimizer.fallbacks,
         "skipped": optimizer.skipped,
         "sent_a_step": a_step(sent, sent_before, steps - mark),
@@ -296,3 +297,22 @@ def too_many_servers(rank: int, count: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def train_wide(rank: int, count: int, *, steps: int, device: str, busy: bool) -> Tensor:
+    """Parameters of a network of 4 M after some steps; `busy` keeps the device at other work before every closure."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 2000), nn.Tanh(), nn.Linear(2000, 2000), nn.Tanh(), nn.Linear(2000, 4))
+    module.to(device)
+    topology = TreeReduction()
+    optimizer = ReplicaNewton(module.parameters(), 0.05, rule="paper", topology=topology)
+    load = torch.randn(4000, 4000, device=device)
+    for step in range(steps):
+        inputs = torch.randn(64, 64, generator=torch.Generator().manual_seed(step)).to(device)
+        targets = torch.arange(64, device=device) % 4
+        closure = topology.closure(module, cross_entropy, inputs.chunk(count)[rank], targets.chunk(count)[rank])
+        if busy:
+            load = load @ load / 64.0
+        optimizer.step(closure)
+    optimizer.synchronise()
+    return nn.utils.parameters_to_vector(module.parameters()).detach().cpu()

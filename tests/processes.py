@@ -1,4 +1,4 @@
-"""Several real processes for a test: each runs one function of `cases`, joined by gloo."""
+"""Several real processes for a test: each runs one function of `cases`, joined by gloo or NCCL."""
 
 import os
 import time
@@ -25,6 +25,7 @@ def run_processes(
     lost: tuple[int, ...] = (),
     newcomers: int = 0,
     tcp: bool = False,
+    backend: str = "gloo",
     limit: float = 150.0,
     **options: Any,
 ) -> list[Any]:
@@ -37,6 +38,7 @@ def run_processes(
         lost: ranks that fail on purpose; what is left of them is killed when all others have ended.
         newcomers: processes beyond these, of higher ranks, which are not in their group.
         tcp: whether they meet at a TCP store, kept by rank 0, rather than in a file.
+        backend: of their group.
         limit: seconds after which what still runs is killed, and the test fails.
         options: of the case.
 
@@ -51,7 +53,8 @@ def run_processes(
     # The first optimizer of a process imports torch._dynamo, for a second.
     context.set_forkserver_preload(["pytest", "torch.distributed", "torch._dynamo", "replica_newton"])
     ranks = range(count + newcomers)
-    processes = [context.Process(target=_main, args=(folder, rank, count, tcp, case, options)) for rank in ranks]
+    arguments = (count, tcp, backend, case, options)
+    processes = [context.Process(target=_main, args=(folder, rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
     until = time.monotonic() + limit
@@ -69,13 +72,17 @@ def run_processes(
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _main(folder: Path, rank: int, count: int, tcp: bool, case: Callable[..., Any], options: dict[str, Any]) -> None:
+def _main(
+    folder: Path, rank: int, count: int, tcp: bool, backend: str, case: Callable[..., Any], options: dict[str, Any]
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     if rank < count:
         store = meeting(folder, count, keeps=rank == 0) if tcp else dist.FileStore(str(folder / "meeting"), count)
         limit = timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
+        if backend == "nccl":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
     try:
         result = case(rank, count, **options)
     except Leave as leave:

@@ -1,0 +1,255 @@
+"""The same numbers on a GPU as on the CPU, in one process and over several; skipped where there is no GPU."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import cases
+import networks
+import pytest
+import torch
+from networks import Problem, closure_of, flat, trained
+from processes import run_processes
+from reference import F64
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from replica_newton import CurvatureMonitor, PairedProbes, ReplicaNewton, SecantCurvature, Simulated
+from replica_newton.spectrum import ExactProducts, ProbedProducts, hessian_spectrum
+
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")
+
+
+def on(device: str, problem: Problem) -> Problem:
+    module, criterion, inputs, targets = problem
+    return Problem(module.to(device), criterion, tuple(one.to(device) for one in inputs), targets.to(device))
+
+
+def plain(problem: Problem, optimizer: ReplicaNewton) -> Any:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.criterion(problem.module(*problem.inputs), problem.targets)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "paper", "secant_data": "common", "lr": 0.05},
+        {"rule": "saddle-free", "damping": 0.5, "lr": 0.05, "max_norm": 1.0, "weight_decay": 0.1},
+        {"metric": "identity"},
+        {"metric": "diagonal", "spread": PairedProbes(every=3, rank=4, relative_step=1e-6)},
+        {"metric": "kronecker", "weight_decay": 0.1},
+        {"metric": "kronecker", "spread": PairedProbes(every=5, rank=4)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("problem", [networks.convnet, networks.batch_norm], ids=lambda build: build.__name__)
+def test_an_optimizer_takes_the_steps_that_it_takes_on_the_cpu(problem: Any, options: dict[str, Any]) -> None:
+    ends, averages, losses = [], [], []
+    for device in ("cpu", GPU):
+        one = on(device, problem())
+        optimizer = ReplicaNewton(one.module.parameters(), topology=Simulated(4), **copy.deepcopy(options))
+        losses.append([float(optimizer.step(closure_of(one, optimizer.topology))) for _ in range(30)])
+        ends.append(flat(trained(one.module)).cpu())
+        with optimizer.averaged():
+            averages.append(flat(trained(one.module)).cpu())
+    # Bases of directions without a gradient, and thresholds of what is known, are decided by rounding.
+    tolerance = 1e-5 if options.get("metric") == "kronecker" or "spread" in options else 1e-8
+    torch.testing.assert_close(*ends, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*averages, rtol=tolerance, atol=tolerance)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "kronecker"])
+def test_a_state_of_the_gpu_goes_on_on_the_cpu_and_back(metric: Any, tmp_path: Path) -> None:
+    problem = on(GPU, networks.convnet())
+    optimizer = ReplicaNewton(problem.module.parameters(), metric=metric)
+    for _ in range(12):
+        optimizer.step(plain(problem, optimizer))
+    torch.save((problem.module.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+    for device in ("cpu", GPU):
+        other = on(device, networks.convnet())
+        resumed = ReplicaNewton(other.module.parameters(), metric=metric)
+        module, state = torch.load(tmp_path / "state.pt", weights_only=True)
+        other.module.load_state_dict(module)
+        resumed.load_state_dict(state)
+        held = [one for kept in resumed.state.values() for one in kept.values() if isinstance(one, Tensor)]
+        assert {one.device.type for one in held} == {device}
+        twin_problem = copy.deepcopy(problem)
+        twin = ReplicaNewton(twin_problem.module.parameters(), metric=metric)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(12):
+            twin.step(plain(twin_problem, twin))
+            resumed.step(plain(other, resumed))
+        ours, theirs = flat(trained(other.module)).cpu(), flat(trained(twin_problem.module)).cpu()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_learns_in_single_and_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 20, device=GPU, dtype=dtype)
+    y = (x[:, :4].float() @ torch.randn(4, 4, device=GPU)).argmax(dim=1)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 4)).to(GPU, dtype)
+    optimizer = ReplicaNewton(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x).float(), y)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(100)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert {one.dtype for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)} == {
+        torch.float32
+    }
+
+
+def test_autocast_around_the_loss_learns_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 20, device=GPU)
+    y = (x[:, :4] @ torch.randn(4, 4, device=GPU)).argmax(dim=1)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4)).to(GPU)
+    optimizer = ReplicaNewton(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(GPU, torch.bfloat16):
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(100)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"relative_step": 1e-6}], ids=["exact", "difference"])
+@pytest.mark.parametrize("M", [None, 4])
+def test_a_monitor_sees_what_it_sees_on_the_cpu_and_leaves_no_trace(M: int | None, options: dict[str, Any]) -> None:
+    seen, ends = [], []
+    for device in ("cpu", GPU):
+        problem = on(device, networks.convnet())
+        adam = torch.optim.Adam(problem.module.parameters(), 1e-2)
+        monitor = CurvatureMonitor(problem.module, optimizer=adam, rank=3, every=1, **options)
+
+        def loss(problem: Problem = problem) -> Tensor:
+            return problem.criterion(problem.module(*problem.inputs), problem.targets)
+
+        for _ in range(20):
+            adam.zero_grad()
+            loss().backward()
+            before = torch.cuda.get_rng_state(), flat([p.grad for p in problem.module.parameters()])
+            one = monitor.observe(loss if M is None else closure_of(problem, M))
+            assert torch.equal(torch.cuda.get_rng_state(), before[0])
+            assert torch.equal(flat([p.grad for p in problem.module.parameters()]), before[1])
+            adam.step()
+        seen.append(one)
+        ends.append(flat(trained(problem.module)).cpu())
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
+    # The directions of a space are kept in fp32.
+    ours, theirs = (one.eigenvalues.cpu() for one in seen)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    assert seen[1].stability_ratio == pytest.approx(seen[0].stability_ratio, rel=1e-2)
+    if M is not None:
+        assert seen[1].gradient_noise_scale == pytest.approx(seen[0].gradient_noise_scale, rel=1e-6)
+
+
+def test_dropout_draws_the_same_units_for_a_probe_as_for_the_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3)).double().to(GPU)
+    x, y = torch.randn(48, 6, device=GPU, dtype=F64), torch.randint(3, (48,), device=GPU)
+    closure = Simulated(2, batched=False).closure(model, cross_entropy, x, y)
+    parameters = list(model.parameters())
+    point = flat(parameters)
+    here = closure.gradients(parameters, point.expand(2, -1)).gradients
+    again = closure.gradients_again(parameters, point.expand(2, -1))
+    assert torch.equal(here, again)
+    assert not torch.equal(here, closure.gradients(parameters, point.expand(2, -1)).gradients)
+
+
+def test_the_spectrum_of_a_network_is_that_of_its_dense_hessian() -> None:
+    problem = on(GPU, networks.convnet())
+    names = [name for name, _ in problem.module.named_parameters()]
+    sizes = [p.numel() for p in problem.module.parameters()]
+
+    def loss(w: Tensor) -> Tensor:
+        pieces = zip(names, problem.module.parameters(), w.split(sizes), strict=True)
+        state = {name: piece.view(p.shape) for name, p, piece in pieces}
+        return problem.criterion(torch.func.functional_call(problem.module, state, problem.inputs), problem.targets)
+
+    dense = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat(problem.module.parameters())))
+    top = dense[dense.abs().argsort(descending=True)][:3].cpu()
+    for products in (ProbedProducts, ExactProducts):
+        operator = products(problem.module, problem.criterion, problem.inputs[0], problem.targets)
+        found = hessian_spectrum(operator, 3, replicas=3, tolerance=1e-4)
+        torch.testing.assert_close(found.eigenvalues.cpu(), top, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1000), (8, 300_000)])
+def test_secants_of_fp32_rows_have_the_products_of_fp64(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(shape, generator=generator)
+    H = 0.5 + torch.rand(shape[1], generator=generator)
+    z = torch.randn(shape[1], generator=generator)
+    for copied in (True, False):
+        ours = SecantCurvature(W.to(GPU), (W * H).to(GPU), copy=copied).inverse_hvp(z.to(GPU))
+        theirs = SecantCurvature(W.double(), (W * H).double()).inverse_hvp(z.double())
+        assert ours.device.type == GPU
+        assert float((ours.cpu() - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plain_closure": True},
+        {"rule": "metric", "lr": 1.0, "plain_closure": True},
+        {"secant_data": "common", "rule": "saddle-free", "damping": 1.0},
+        {"normalised": True, "secant_data": "common"},
+        {"rule": "metric", "metric": "diagonal", "lr": 1.0},
+        {"servers": 1},
+        {"dtype": torch.float32},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_share_a_gpu_train_as_one_process_does(
+    count: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    servers = options.get("servers", 0)
+    results = run_processes(tmp_path, servers + count, cases.train, steps=60, device=GPU, **options)[servers:]
+    options.pop("plain_closure", None)
+    kronecker = options.get("rule") == "metric" and "metric" not in options
+    # Bases of directions without a gradient are made of rounding, which must then be the same.
+    alone = cases.train(None, count, steps=60, **options, **({"batched": False, "device": GPU} if kronecker else {}))
+    cases.check_parity(results, alone, 1e-5 if options.get("dtype") == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"plain_closure": True}, {"normalised": True}, {"rule": "metric", "metric": "diagonal", "lr": 1.0}],
+    ids=str,
+)
+def test_processes_with_a_gpu_each_train_over_nccl_as_one_process_does(options: dict[str, Any], tmp_path: Path) -> None:
+    count = torch.cuda.device_count()
+    results = run_processes(tmp_path, count, cases.train, steps=60, device=GPU, backend="nccl", **options)
+    options.pop("plain_closure", None)
+    cases.check_parity(results, cases.train(None, count, steps=60, **options), 1e-10)
+
+
+def test_a_step_over_processes_waits_for_what_the_gpu_has_still_to_do(tmp_path: Path) -> None:
+    """Buffers that are written to again: with kernels that take long, a step must not read or send too early."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    runs = [
+        run_processes(folder, 2, cases.train_wide, steps=8, device=GPU, busy=busy)
+        for folder, busy in zip(folders, (False, True), strict=True)
+    ]
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
