@@ -17,7 +17,7 @@ def gradients(*shape: int, steps: int = 12) -> list[Tensor]:
 
 def steps_of(metric: Metric, given: list[Tensor]) -> list[Tensor]:
     state: dict[str, Tensor] = {}
-    return [metric.unit_step(state, gradient) for gradient in given]
+    return [metric.unit_steps([state], [gradient])[0] for gradient in given]
 
 
 def test_the_diagonal_metric_is_adam_from_the_second_gradient_on():
@@ -72,9 +72,9 @@ def test_the_bases_become_the_eigenvectors_of_the_factors():
     metric, state = Metric("kronecker", refresh_every=1, decay=0.0), {}
     gradient = gradients(4, 3)[0]
     other = gradients(4, 3)[1]
-    metric.unit_step(state, other)
+    metric.unit_steps([state], [other])[0]
     for _ in range(400):
-        metric.unit_step(state, gradient)
+        metric.unit_steps([state], [gradient])[0]
     for side, matrix in (("left", gradient @ gradient.T), ("right", gradient.T @ gradient)):
         basis = state[f"{side}_basis"]
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64))
@@ -86,7 +86,7 @@ def test_the_bases_become_the_eigenvectors_of_the_factors():
 def test_second_moments_have_the_sums_that_the_factors_have_in_bases_that_have_just_turned(step: int):
     metric, state = Metric("kronecker", refresh_every=1), {}
     for gradient in gradients(4, 3, steps=step):
-        metric.unit_step(state, gradient)
+        metric.unit_steps([state], [gradient])[0]
     V = state["second_moment"] / (1.0 - metric.decay ** (step - 1))
     for side, sums in (("left", V.sum(dim=1)), ("right", V.sum(dim=0))):
         basis, factor = state[f"{side}_basis"], state[side] / (1.0 - metric.decay**step)
@@ -105,7 +105,7 @@ def test_second_moments_that_are_fitted_are_nearer_to_the_variances_when_the_dis
         """Largest factor, as a logarithm, between the mean second moment of a row and the true one."""
         state: dict[str, Tensor] = {}
         for gradient in given:
-            metric.unit_step(state, gradient)
+            metric.unit_steps([state], [gradient])[0]
         in_basis = state["left_basis"].T @ turn
         wanted = (in_basis * scales).square().sum(dim=1)
         got = state["second_moment"].mean(dim=1) * state["unit"] ** 2
@@ -129,7 +129,7 @@ def test_gradients_with_many_zeros_have_sound_bases(seed: int):
     dead = torch.rand(144, generator=generator) < 0.6
     for _ in range(3):
         gradient = torch.randn(32, 144, generator=generator).masked_fill_(dead, 0.0)
-        assert bool(metric.unit_step(state, gradient).isfinite().all())
+        assert bool(metric.unit_steps([state], [gradient])[0].isfinite().all())
     basis = state["right_basis"].double()
     torch.testing.assert_close(basis.T @ basis, torch.eye(144, dtype=torch.float64), rtol=0.0, atol=1e-5)
     rotated = basis.T @ state["right"].double() @ basis
@@ -138,7 +138,7 @@ def test_gradients_with_many_zeros_have_sound_bases(seed: int):
 
 def test_sides_beyond_the_limit_are_not_rotated():
     state: dict[str, Tensor] = {}
-    Metric("kronecker", max_dimension=4).unit_step(state, gradients(5, 3)[0])
+    Metric("kronecker", max_dimension=4).unit_steps([state], [gradients(5, 3)[0]])
     assert "left_basis" not in state
     assert state["right_basis"].shape == (3, 3)
 
@@ -155,7 +155,7 @@ def test_gradients_that_vanish_or_begin_at_zero_are_no_trouble(name: MetricName)
 
 def test_half_precision_is_computed_in_fp32():
     state: dict[str, Tensor] = {}
-    step = Metric().unit_step(state, gradients(3, 4)[0].bfloat16())
+    (step,) = Metric().unit_steps([state], [gradients(3, 4)[0].bfloat16()])
     assert step.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in state.values() if isinstance(value, Tensor))
 

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import CHUNK, inner_products, working_dtype
+from replica_newton.curvature.gram import CHUNK, at_a_time, inner_products, working_dtype
 
 Which = Literal["W", "G", "both"]
 
 _CHUNK = 1 << 17
-"""Elements of all rows that are made at a time: 1 MiB in fp64, which stays in the cache."""
+"""Elements of all rows that are made at a time: 1 MiB in fp64, which stays in the cache of a CPU."""
 
 
 class Differences:
@@ -143,7 +143,7 @@ class Differences:
             yield slice(0, self.elements), kept
             return
         count = self._count(which) + len(vectors)
-        width = max(1, min(self.elements, _CHUNK // max(count, 1)))
+        width = max(1, min(self.elements, at_a_time(_CHUNK, self.device) // max(count, 1)))
         memory = torch.empty(count, width, dtype=dtype, device=self.device)
         for start in range(0, max(self.elements, 1), width):
             columns = slice(start, min(start + width, self.elements))

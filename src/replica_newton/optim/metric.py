@@ -1,20 +1,23 @@
 """Metric: the coordinates in which a step is taken, and the unit of length along each."""
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
+from replica_newton.optim.bases import eigenvectors, orthonormal_bases
 
 MetricName = Literal["identity", "diagonal", "kronecker"]
 
 _FLOOR = 16.0
 """A coordinate's root mean square beside that of its whole tensor, in units of rounding: what is below is no more."""
 _LIMIT = 3.0
+_TOGETHER, _TOGETHER_ON_DEVICE = 1 << 16, 1 << 25
+"""Elements whose steps are taken by the same operations: what these need beside them must stay in the cache of a CPU,
+and in the memory of a GPU."""
 
 
 class Metric:
@@ -102,35 +105,48 @@ class Metric:
         rotated = [side for side in sides if 1 < side <= self.max_dimension] if self._rotates(shape) else []
         return sum(4 * elements * side + 3 * side**3 / self.refresh_every for side in rotated) + 10.0 * elements
 
-    def unit_step(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
-        """The step, and the state after it.
+    def unit_steps(self, states: Sequence[dict[str, Any]], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The steps of some parameters, and their states after them.
 
         Args:
-            state: of the parameter, changed; empty before the first step.
-            gradient: of the parameter, finite.
+            states: of the parameters, changed; empty before the first step.
+            gradients: of the parameters, finite.
 
         Returns:
-            U, of the gradient's shape, in fp32 (fp64 for an fp64 gradient). Elements are of the order of one and
-            shrink as gradients disagree.
+            U of each, of the gradient's shape, in fp32 (fp64 for an fp64 gradient). Elements are of the order of one
+            and shrink as gradients disagree.
         """
-        shape = gradient.shape
-        G = gradient.to(working_dtype(gradient)).reshape(_sides(shape))
-        step = state["step"] = state.get("step", 0) + 1
-        G = G / _unit(state, G)
+        units: dict[int, Tensor] = {}
+        for places in _taken_together(states, gradients):
+            some = [states[place] for place in places]
+            units |= zip(places, self._unit_steps(some, [gradients[place] for place in places]), strict=True)
+        return [units[place] for place in range(len(gradients))]
+
+    def _unit_steps(self, states: Sequence[dict[str, Any]], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Those of parameters of one dtype and device at the same step."""
+        G = [one.to(working_dtype(one)).reshape(_sides(one.shape)) for one in gradients]
+        step = states[0].get("step", 0) + 1
+        for state in states:
+            state["step"] = step
+        G = list(torch._foreach_div(G, _units(states, G)))
         if step == 1:
-            unit = _per_root(G, G.square().mean())
+            units = _per_root(G, [one.square().mean() for one in G])
         else:
-            Z = _rotated(state, G)
-            V = _kept(state, "second_moment", Z).mul_(self.decay).addcmul_(Z, Z, value=1.0 - self.decay)
-            mean = _rotated(state, _averaged(state, "momentum", G, self.momentum))
+            Z = [_rotated(state, one) for state, one in zip(states, G, strict=True)]
+            V = _kept(states, "second_moment", Z)
+            torch._foreach_mul_(V, self.decay)
+            torch._foreach_addcmul_(V, Z, Z, value=1.0 - self.decay)
+            averaged = _averaged(states, "momentum", G, self.momentum)
+            means = [_rotated(state, one) for state, one in zip(states, averaged, strict=True)]
             unbiased = (1.0 - self.decay ** (step - 1)) ** 0.5 / (1.0 - self.momentum ** (step - 1))
-            unit = _rotated(state, _per_root(mean, V.mean() if self.name == "identity" else V, unbiased), back=True)
-        if self._rotates(shape):
-            self._turn(state, G)
-        return unit.reshape(shape)
+            units = _per_root(means, [one.mean() for one in V] if self.name == "identity" else V, unbiased)
+            units = [_rotated(state, one, back=True) for state, one in zip(states, units, strict=True)]
+        turning = [place for place, one in enumerate(gradients) if self._rotates(one.shape)]
+        self._turn([states[place] for place in turning], [G[place] for place in turning])
+        return [unit.reshape(one.shape) for unit, one in zip(units, gradients, strict=True)]
 
     def divisor(self, state: dict[str, Any]) -> Tensor:
-        """D, the root mean square of gradients, in their own unit, that `unit_step` divides by.
+        """D, the root mean square of gradients, in their own unit, that `unit_steps` divides by.
 
         Args:
             state: of the parameter, after two steps at least.
@@ -139,7 +155,8 @@ class Metric:
             As a matrix, in the eigenbases.
         """
         V = state["second_moment"] / (1.0 - self.decay ** (state["step"] - 1))
-        return _floored((V.mean().expand_as(V) if self.name == "identity" else V).sqrt() * state["unit"])
+        root = (V.mean().expand_as(V) if self.name == "identity" else V).sqrt() * state["unit"]
+        return _floored([root])[0]
 
     def scaled(self, state: dict[str, Any], vector: Tensor, power: float, least: float) -> Tensor:
         """`D^power x`, with D of `divisor`.
@@ -159,21 +176,30 @@ class Metric:
     def _rotates(self, shape: Sequence[int]) -> bool:
         return self.name == "kronecker" and len(shape) > 1 and math.prod(shape) > 0
 
-    def _turn(self, state: dict[str, Any], G: Tensor) -> None:
-        """Take a gradient into the factors; turn the bases if it is time, and scale V to what it is in them."""
-        step = state["step"]
-        for side, matrix in (("left", G), ("right", G.T)):
-            if not 1 < len(matrix) <= self.max_dimension:
+    def _turn(self, states: Sequence[dict[str, Any]], G: Sequence[Tensor]) -> None:
+        """Take gradients into the factors; turn the bases if it is time, and scale V to what it is in them."""
+        for side, matrices in (("left", G), ("right", [one.T for one in G])):
+            with_side = [
+                (state, matrix)
+                for state, matrix in zip(states, matrices, strict=True)
+                if 1 < len(matrix) <= self.max_dimension
+            ]
+            if not with_side:
                 continue
-            factor = _averaged(state, side, matrix @ matrix.T, self.decay)
-            basis = state.get(f"{side}_basis")
-            if basis is None:
-                basis = _eigenvectors(factor).flip(1).contiguous()
-            elif step % self.refresh_every == 0:
-                basis = torch.linalg.qr(factor @ basis).Q
-            else:
-                continue
-            state[f"{side}_basis"] = basis
+            some = [state for state, _ in with_side]
+            factors = _averaged(some, side, [matrix @ matrix.T for _, matrix in with_side], self.decay)
+            self._turn_bases(some, side, factors)
+
+    def _turn_bases(self, states: Sequence[dict[str, Any]], side: str, factors: Sequence[Tensor]) -> None:
+        name, step = f"{side}_basis", states[0]["step"]
+        first = [(state, factor) for state, factor in zip(states, factors, strict=True) if name not in state]
+        later = [(state, factor) for state, factor in zip(states, factors, strict=True) if name in state]
+        if step % self.refresh_every:
+            later = []
+        bases = [eigenvectors(factor) for _, factor in first]
+        bases += orthonormal_bases([factor @ state[name] for state, factor in later])
+        for (state, factor), basis in zip((*first, *later), bases, strict=True):
+            state[name] = basis
             if step > 1:
                 self._fit(state, side, (factor @ basis * basis).sum(dim=0))
 
@@ -195,31 +221,36 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
     return rows, math.prod(shape) // rows
 
 
-def _eigenvectors(factor: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix, by ascending eigenvalue."""
-    # In fp32 LAPACK's divide and conquer as built by MKL fails, or returns nan and says nothing, on a sixth of all
-    # matrices of low rank with many zeros, which is what units that do not fire make of a factor. In fp64 it has not
-    # been seen to.
-    vectors: Tensor
-    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-        vectors = torch.linalg.eigh(factor).eigenvectors
-        if bool(vectors.isfinite().all()):
-            return vectors
-    vectors = torch.linalg.eigh(factor.double()).eigenvectors
-    return vectors.to(factor.dtype)
+def _taken_together(states: Sequence[dict[str, Any]], gradients: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of parameters whose steps are taken by the same operations, so that each is called once for all."""
+    groups: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
+    for place, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+        groups.setdefault((gradient.dtype, gradient.device, state.get("step", 0)), []).append(place)
+    for (_, device, _), places in groups.items():
+        limit = _TOGETHER if device.type == "cpu" else _TOGETHER_ON_DEVICE
+        together, elements = [places[0]], gradients[places[0]].numel()
+        for place in places[1:]:
+            if elements + gradients[place].numel() > limit:
+                yield together
+                together, elements = [], 0
+            together.append(place)
+            elements += gradients[place].numel()
+        yield together
 
 
-def _kept(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    """An average in the state, zero before there is one."""
-    if name not in state:
-        state[name] = torch.zeros_like(like)
-    average: Tensor = state[name]
-    return average
+def _kept(states: Sequence[dict[str, Any]], name: str, like: Sequence[Tensor]) -> list[Tensor]:
+    """An average in every state, zero before there is one."""
+    for state, one in zip(states, like, strict=True):
+        if name not in state:
+            state[name] = torch.zeros_like(one)
+    return [state[name] for state in states]
 
 
-def _averaged(state: dict[str, Any], name: str, value: Tensor, decay: float) -> Tensor:
-    """The moving average after one more value."""
-    return _kept(state, name, value).lerp_(value, 1.0 - decay)
+def _averaged(states: Sequence[dict[str, Any]], name: str, values: list[Tensor], decay: float) -> list[Tensor]:
+    """The moving averages after one more value each."""
+    averages = _kept(states, name, values)
+    torch._foreach_lerp_(averages, values, 1.0 - decay)
+    return averages
 
 
 def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Tensor:
@@ -232,20 +263,34 @@ def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Te
     return matrix
 
 
-def _unit(state: dict[str, Any], G: Tensor) -> Tensor:
-    """Largest element of the first gradient that is not zero; one until there is one."""
-    largest = torch.linalg.vector_norm(G, math.inf) if G.numel() else G.new_ones(())
-    before = state.get("unit", torch.zeros_like(largest)).to(largest)
-    state["unit"] = torch.where(before > 0, before, largest)
-    return torch.where(state["unit"] > 0, state["unit"], 1.0)
+def _units(states: Sequence[dict[str, Any]], G: Sequence[Tensor]) -> list[Tensor]:
+    """Of each the largest element of the first gradient that is not zero; one until there is one."""
+    largest = torch.stack(_norms(G, math.inf))
+    before = torch.stack([state.get("unit", largest.new_zeros(())) for state in states]).to(largest)
+    found = torch.where(before > 0, before, largest)
+    for state, unit in zip(states, found.unbind(), strict=True):
+        state["unit"] = unit
+    return list(torch.where(found > 0, found, 1.0).unbind())
 
 
-def _per_root(matrix: Tensor, squares: Tensor, factor: float = 1.0) -> Tensor:
-    """`factor · X / √V`, cut; next to nothing where V is so small that it is zero everywhere."""
-    return (matrix / _floored(squares.sqrt())).mul_(factor).clamp_(-_LIMIT, _LIMIT)
+def _norms(matrices: Sequence[Tensor], order: float) -> list[Tensor]:
+    """Norms of the elements; one for a matrix without any."""
+    some = [one for one in matrices if one.numel()]
+    norms = iter(torch._foreach_norm(some, order) if some else ())
+    return [next(norms) if one.numel() else one.new_ones(()) for one in matrices]
 
 
-def _floored(roots: Tensor) -> Tensor:
+def _per_root(matrices: list[Tensor], squares: list[Tensor], factor: float = 1.0) -> list[Tensor]:
+    """`factor · X / √V` of each, cut; next to nothing where V is so small that it is zero everywhere."""
+    roots = _floored(list(torch._foreach_sqrt(squares)))
+    ratios: list[Tensor] = list(torch._foreach_div(matrices, roots))
+    torch._foreach_mul_(ratios, factor)
+    return [ratio.clamp_(-_LIMIT, _LIMIT) for ratio in ratios]
+
+
+def _floored(roots: list[Tensor]) -> list[Tensor]:
     """Roots above their own rounding, in place; ones where all are zero."""
-    length = torch.linalg.vector_norm(roots)
-    return roots.add_(torch.where(length > 0, _FLOOR * torch.finfo(roots.dtype).eps * length, 1.0))
+    lengths = torch.stack(_norms(roots, 2.0))
+    floors = torch.where(lengths > 0, _FLOOR * torch.finfo(lengths.dtype).eps * lengths, 1.0)
+    torch._foreach_add_(roots, list(floors.unbind()))
+    return roots

@@ -82,7 +82,7 @@ class MetricCalls(ProbeCalls):
             self._together = True
         dealing = self._dealing(topology, metric_step, parameters)
         mine = self._wholes(topology, dealing, parameters)
-        nowhere = torch.empty(topology.replicas, 0, dtype=working_dtype(*parameters))
+        nowhere = local(parameters[0]).new_empty(topology.replicas, 0, dtype=working_dtype(*parameters))
         random_state = None if metric_step.probes is None else RandomState(parameters)
         evaluate = closure or given_gradients(parameters)
         evaluation = self._evaluate(evaluate, parameters, nowhere, "own", dealing=dealing)

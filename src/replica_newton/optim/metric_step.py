@@ -94,17 +94,26 @@ class MetricStep:
 
     def _move(self, moved: Sequence[Moved], rate: float) -> None:
         """A step at this rate."""
-        units: Sequence[Tensor] = [self.metric.unit_step(one.state, one.gradient) for one in moved]
+        states = [one.state for one in moved]
+        units: Sequence[Tensor] = self.metric.unit_steps(states, [one.gradient for one in moved])
         if self.probes is not None:
-            units = self.probes.bent(self.metric, [one.state for one in moved], units, rate)
-        for unit, (parameter, _, relative, decay, state) in zip(units, moved, strict=True):
-            state["before_last"], state["last"] = state.get("last", unit), unit
-            if decay:
-                parameter.mul_(1.0 - relative * rate * decay)
-            parameter.add_(unit.to(parameter.dtype), alpha=-relative * rate)
-            if "average" not in state:
-                state["average"] = parameter.detach().to(unit.dtype, copy=True)
-            state["average"].lerp_(parameter.to(unit.dtype), average_weight(state["step"]))
+            units = self.probes.bent(self.metric, states, units, rate)
+        for places in _alike(moved, lambda one: (one.relative, one.decay, one.state["step"])):
+            self._add([moved[place] for place in places], [units[place] for place in places], rate)
+
+    def _add(self, moved: Sequence[Moved], units: Sequence[Tensor], rate: float) -> None:
+        """Steps of parameters of one dtype, device and step, whose groups have the same rate and decay."""
+        _, _, relative, decay, state = moved[0]
+        parameters = [one.parameter for one in moved]
+        if decay:
+            torch._foreach_mul_(parameters, 1.0 - relative * rate * decay)
+        torch._foreach_add_(parameters, [unit.to(parameters[0].dtype) for unit in units], alpha=-relative * rate)
+        for one, unit in zip(moved, units, strict=True):
+            one.state["before_last"], one.state["last"] = one.state.get("last", unit), unit
+            if "average" not in one.state:
+                one.state["average"] = one.parameter.detach().to(unit.dtype, copy=True)
+        averages = [one.state["average"] for one in moved]
+        torch._foreach_lerp_(averages, [one.to(units[0].dtype) for one in parameters], average_weight(state["step"]))
 
     def _sums(self, moved: Sequence[Moved]) -> Tensor:
         """What must be known of all parameters.
@@ -115,8 +124,10 @@ class MetricStep:
         """
         if not moved:
             return torch.zeros(7, dtype=torch.float64)
-        table = torch.stack([_numbers(one) for one in moved])
-        sound, size, slope, length, slope_before, length_before = table.cpu().unbind(dim=1)
+        table = torch.empty(len(moved), 6, dtype=torch.float64)
+        for places in _alike(moved):
+            table[places] = _numbers([moved[place] for place in places]).cpu()
+        sound, size, slope, length, slope_before, length_before = table.unbind(dim=1)
         relative = sound.new_tensor([one.relative for one in moved])
         # A sum can overflow where no element does.
         wrong = 0 if bool(sound.isfinite().all()) else sum(not one.gradient.isfinite().all() for one in moved)
@@ -126,15 +137,25 @@ class MetricStep:
         return torch.cat((sound.new_tensor([elements, wrong]), torch.stack(sums)))
 
 
-def _numbers(moved: Moved) -> Tensor:
-    """`(6,)`: sum of a parameter's gradient, ‖w‖, and the slopes down its last two steps, each with its length."""
-    gradient = moved.gradient.flatten().to(working_dtype(moved.gradient))
-    numbers = [gradient.sum(), torch.linalg.vector_norm(moved.parameter, dtype=gradient.dtype)]
+def _alike(moved: Sequence[Moved], key: Callable[[Moved], object] = lambda _: None) -> list[list[int]]:
+    """Places of parameters of one dtype and device, and of one key, in their order."""
+    groups: dict[object, list[int]] = {}
+    for place, one in enumerate(moved):
+        kind = (one.parameter.dtype, one.parameter.device, one.gradient.dtype, key(one))
+        groups.setdefault(kind, []).append(place)
+    return list(groups.values())
+
+
+def _numbers(moved: Sequence[Moved]) -> Tensor:
+    """`(k, 6)`: ‖g‖, ‖w‖, and the slopes down the last two steps, each with its length; all of one dtype and device."""
+    gradients = [one.gradient.flatten().to(working_dtype(one.gradient)) for one in moved]
+    columns = [torch._foreach_norm(gradients)]
+    columns.append(torch._foreach_norm([one.parameter for one in moved], dtype=gradients[0].dtype))
     for name in ("last", "before_last"):
-        step = moved.state.get(name, gradient.new_zeros(0)).flatten()
-        slope = gradient @ step if len(step) else gradient.new_zeros(())
-        numbers += [slope, torch.linalg.vector_norm(step)]
-    return torch.stack(numbers).double()
+        steps = [one.state.get(name, g.new_zeros(0)).flatten() for one, g in zip(moved, gradients, strict=True)]
+        columns.append(tuple(g @ u if len(u) else g.new_zeros(()) for g, u in zip(gradients, steps, strict=True)))
+        columns.append(torch._foreach_norm(steps))
+    return torch.stack([torch.stack(column) for column in columns], dim=1).double()
 
 
 def check_options(topology: Topology, **options: Any) -> None:
