@@ -266,7 +266,8 @@ def _rotated(state: dict[str, Any], matrix: Tensor, *, back: bool = False) -> Te
 def _units(states: Sequence[dict[str, Any]], G: Sequence[Tensor]) -> list[Tensor]:
     """Of each the largest element of the first gradient that is not zero; one until there is one."""
     largest = torch.stack(_norms(G, math.inf))
-    before = torch.stack([state.get("unit", largest.new_zeros(())) for state in states]).to(largest)
+    unknown = torch.zeros_like(largest[0])
+    before = torch.stack([state.get("unit", unknown) for state in states]).to(largest)
     found = torch.where(before > 0, before, largest)
     for state, unit in zip(states, found.unbind(), strict=True):
         state["unit"] = unit

@@ -56,8 +56,8 @@ class MetricCalls(ProbeCalls):
                 self._outcome = evaluated(closure)
             if any(p.grad is not None and p.grad.layout != torch.strided for p in parameters):
                 raise ValueError("sparse gradients are not supported")
-            signs = {id(p): -1 if group["maximize"] else 1 for group in self.param_groups for p in group["params"]}
-            gradients = [None if p.grad is None else signs[id(p)] * p.grad for p in parameters]
+            rising = {id(p) for group in self.param_groups if group["maximize"] for p in group["params"]}
+            gradients = [-p.grad if id(p) in rising and p.grad is not None else p.grad for p in parameters]
         rates = self._rates()
         given = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         moved = [Moved(p, g, *rates[id(p)], self.state[p]) for p, g in given]

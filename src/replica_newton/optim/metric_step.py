@@ -149,12 +149,16 @@ def _alike(moved: Sequence[Moved], key: Callable[[Moved], object] = lambda _: No
 def _numbers(moved: Sequence[Moved]) -> Tensor:
     """`(k, 6)`: ‖g‖, ‖w‖, and the slopes down the last two steps, each with its length; all of one dtype and device."""
     gradients = [one.gradient.flatten().to(working_dtype(one.gradient)) for one in moved]
-    columns = [torch._foreach_norm(gradients)]
-    columns.append(torch._foreach_norm([one.parameter for one in moved], dtype=gradients[0].dtype))
+    sizes = torch._foreach_norm([one.parameter for one in moved], dtype=gradients[0].dtype)
+    columns = [torch._foreach_norm(gradients), sizes]
+    nothing = gradients[0].new_zeros(())
     for name in ("last", "before_last"):
-        steps = [one.state.get(name, g.new_zeros(0)).flatten() for one, g in zip(moved, gradients, strict=True)]
-        columns.append(tuple(g @ u if len(u) else g.new_zeros(()) for g, u in zip(gradients, steps, strict=True)))
-        columns.append(torch._foreach_norm(steps))
+        known = [place for place, one in enumerate(moved) if name in one.state]
+        steps = [moved[place].state[name].flatten() for place in known]
+        slopes, lengths = [nothing] * len(moved), [nothing] * len(moved)
+        for place, step, length in zip(known, steps, torch._foreach_norm(steps) if steps else (), strict=True):
+            slopes[place], lengths[place] = gradients[place] @ step, length
+        columns += [tuple(slopes), tuple(lengths)]
     return torch.stack([torch.stack(column) for column in columns], dim=1).double()
 
 
