@@ -10,7 +10,8 @@ python benchmarks/metric_cost.py --device cuda      # a minute; docs/results/met
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,11 @@ class Case:
     groups: int
     copies: int = 1
     """Of the inputs, in a batch on a GPU."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is a class for every input element."""
+        return not self.inputs().is_floating_point()
 
 
 def _mlp(*widths: int) -> nn.Module:
@@ -118,39 +124,52 @@ def over_bar(milliseconds: Mapping[str, float]) -> float:
     return milliseconds["kronecker"] / (1.1 * milliseconds["Adam"] + milliseconds["gradient"] / EVERY)
 
 
-def measure(case: Case, name: str, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a gradient and of each optimizer's own arithmetic, at the same gradients: medians of groups."""
-    network, inputs = case.model().to(device), case.inputs().to(device)
-    if device.type == "cuda":
-        inputs = inputs.repeat(case.copies, *[1] * (inputs.dim() - 1))
-    optimizers = {key: make(network) for key, make in OPTIMIZERS.items()}
-    seconds: dict[str, list[float]] = {}
+def batch_of(case: Case, device: torch.device) -> Tensor:
+    """Inputs on a device."""
+    inputs = case.inputs().to(device)
+    return inputs if device.type == "cpu" else inputs.repeat(case.copies, *[1] * (inputs.dim() - 1))
+
+
+def loss_of(network: nn.Module, case: Case, inputs: Tensor) -> Callable[[], Tensor]:
+    """The loss of a batch, with classes drawn now."""
+    count = inputs.numel() if case.is_text else len(inputs)
+    classes = torch.randint(case.classes, (count,), device=inputs.device)
+    return lambda: cross_entropy(network(inputs).flatten(0, -2), classes)
+
+
+@contextmanager
+def clock(device: torch.device, into: list[float]) -> Iterator[None]:
+    """Append the milliseconds that what is done inside takes on a device."""
 
     def finish() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def timed(key: str, work: Callable[[], object]) -> None:
-        finish()
-        start = time.perf_counter()
-        work()
-        finish()
-        seconds.setdefault(key, []).append(time.perf_counter() - start)
+    finish()
+    start = time.perf_counter()
+    yield
+    finish()
+    into.append(1e3 * (time.perf_counter() - start))
 
-    def gradient() -> None:
-        network.zero_grad()
-        logits = network(inputs).flatten(0, -2)
-        cross_entropy(logits, torch.randint(case.classes, (len(logits),), device=device)).backward()  # type: ignore[no-untyped-call]
 
+def measure(case: Case, name: str, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a gradient and of each optimizer's own arithmetic, at the same gradients: medians of groups."""
+    network, inputs = case.model().to(device), batch_of(case, device)
+    optimizers = {key: make(network) for key, make in OPTIMIZERS.items()}
+    taken: dict[str, list[float]] = {key: [] for key in ("gradient", *optimizers)}
     for _ in track(range(1 + GROUP * case.groups), name):
-        timed("gradient", gradient)
+        loss = loss_of(network, case, inputs)
+        with clock(device, taken["gradient"]):
+            network.zero_grad()
+            loss().backward()  # type: ignore[no-untyped-call]
         start = [parameter.detach().clone() for parameter in network.parameters()]
         for key, optimizer in optimizers.items():
-            timed(key, optimizer.step)
+            with clock(device, taken[key]):
+                optimizer.step()
             with torch.no_grad():
                 for parameter, value in zip(network.parameters(), start, strict=True):
                     parameter.copy_(value)
-    typical = {key: 1e3 * _typical(values[1:]) for key, values in seconds.items()}
+    typical = {key: _typical(values[1:]) for key, values in taken.items()}
     return {"parameters": sum(parameter.numel() for parameter in network.parameters())} | typical
 
 
