@@ -83,7 +83,9 @@ def test_residuals_are_those_of_the_matrix_when_all_responses_are_its_own(sweeps
 
 
 def model(space: TrackedSubspace) -> Tensor:
-    return space._model(torch.eye(N))[0].to(F64)
+    A = torch.empty(N, N)
+    space._model(torch.eye(N), A)
+    return A.to(F64)
 
 
 def test_the_model_is_symmetric_and_agrees_with_one_matrix_on_the_space():
@@ -245,7 +247,7 @@ def test_a_multiple_of_the_matrix_has_multiples_of_the_eigenvalues(factor: float
         probe(space, matrix, 3, times=60)
     torch.testing.assert_close(spaces[1].eigenvalues, factor * spaces[0].eigenvalues, rtol=1e-4, atol=0.0)
     torch.testing.assert_close(
-        spaces[1].residuals, abs(factor) * spaces[0].residuals, rtol=1e-3, atol=1e-5 * abs(factor)
+        spaces[1].residuals, abs(factor) * spaces[0].residuals, rtol=1e-3, atol=5e-5 * abs(factor)
     )
 
 
@@ -282,6 +284,32 @@ def test_a_loaded_state_goes_on_bit_for_bit(probes: int):
     assert_equal_states(resumed.state_dict(), space.state_dict())
     # A state that is kept does not go on with the space.
     assert_equal_states(state, expected)
+
+
+@pytest.mark.parametrize("probes", [1, 4, 8, 11])
+def test_a_state_of_before_there_was_a_rotation_goes_on(probes: int):
+    H = symmetric(SPECTRUM, seed=0)
+    space, resumed = TrackedSubspace(ORDER, N, smoothing=0.3), TrackedSubspace(ORDER, N, seed=5)
+    probe(space, H, 3, times=probes)
+    state = copied(space.state_dict())
+    turn = state.pop("rotation")
+    del state["projected"]
+    pairs = {name: turn.float() @ state[name] for name in ("vectors", "responses")}
+    resumed.load_state_dict(state | pairs | {"mixture": state["mixture"] @ turn.T})
+    for each in (space, resumed):
+        probe(each, H, 3, times=7)
+    torch.testing.assert_close(resumed.eigenvalues, space.eigenvalues, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, ORDER])
+def test_products_with_the_pairs_are_those_with_their_vectors(count: int):
+    space, rows, weights = TrackedSubspace(ORDER, N), normal(2, N, seed=8), normal(ORDER, seed=9)
+    assert space.coordinates(rows).shape == (0, 2)
+    assert torch.equal(space.combined(weights[:0]), torch.zeros(N))
+    probe(space, symmetric(SPECTRUM, seed=0), count, times=11)
+    X = space.eigenvectors.to(F64)
+    torch.testing.assert_close(space.coordinates(rows), X @ rows.T, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(space.combined(weights).to(F64), weights @ X, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(ORDER, N + 1), (ORDER - 1, N)])

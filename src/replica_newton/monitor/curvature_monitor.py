@@ -279,14 +279,14 @@ class CurvatureMonitor:
         return self.subspace, None, 0.0
 
     def _summarise(self, step: int, gradients: Tensor, batch: int | None) -> CurvatureObservation:
-        eigenvalues, vectors = self.subspace.eigenvalues, self.subspace.eigenvectors
+        eigenvalues = self.subspace.eigenvalues
         sharpness = _largest(eigenvalues)
         preconditioned_sharpness, stability_ratio = self._stability(sharpness)
         self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0, keepdim=True)
         deviations = (gradients - mean).double().square().sum().cpu()
-        products = inner_products(mean, torch.cat((vectors.to(mean.dtype), mean)))
-        *within, squared, scattered = self._total(torch.cat((products[0], deviations[None]))).tolist()
+        sums = self.subspace.coordinates(mean)[:, 0], inner_products(mean, mean)[0], deviations[None]
+        *within, squared, scattered = self._total(torch.cat(sums)).tolist()
         captured = sum(coordinate**2 for coordinate in within) / squared if squared > 0.0 else 0.0
         return CurvatureObservation(
             step=step,

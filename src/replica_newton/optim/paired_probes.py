@@ -220,14 +220,12 @@ class PairedProbes:
         known = any(len(space.eigenvalues) for space in self._spaces)
         if not known or sum(self._here.here) != sum(unit.numel() for unit in units):
             return units
-        vectors = [space.eigenvectors for space in self._spaces]
-        flat = torch.cat([vectors[0].new_empty(0), *(unit.flatten() for unit in units)])
-        steps = torch.split(self._scaled(metric, states, flat[None], 0.5)[0].to(vectors[0]), self._here.here)
-        along = torch.cat([rows @ step for rows, step in zip(vectors, steps, strict=True)])
+        flat = torch.cat([unit.flatten() for unit in units]) if units else torch.empty(0, device=self._here.device)
+        steps = torch.split(self._scaled(metric, states, flat[None], 0.5), self._here.here, dim=1)
+        along = [space.coordinates(step)[:, 0] for space, step in zip(self._spaces, steps, strict=True)]
         ratios = torch.cat([self._ratios(space, rate) for space in self._spaces])
-        weights = ((ratios - 1.0) * self._here.total(along.double().cpu())).to(along)
-        pieces = torch.split(weights, [len(rows) for rows in vectors])
-        changes = torch.cat([piece @ rows for piece, rows in zip(pieces, vectors, strict=True)])
+        weights = torch.split((ratios - 1.0) * self._here.total(torch.cat(along)), [len(part) for part in along])
+        changes = torch.cat([space.combined(part) for space, part in zip(self._spaces, weights, strict=True)])
         change = torch.split(self._scaled(metric, states, changes[None], -0.5)[0], [unit.numel() for unit in units])
         return [unit + piece.view_as(unit) for unit, piece in zip(units, change, strict=True)]
 

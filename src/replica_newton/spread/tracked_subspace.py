@@ -1,12 +1,12 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import inner_products
+from replica_newton.curvature.gram import CHUNK, at_a_time, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.spread.columns import Columns
 
@@ -37,6 +37,10 @@ class TrackedSubspace:
     carries past probes over as the basis turns, so the noise of mini-batches is averaged. The basis is mixed, each
     direction with a part of every Ritz vector: so all probes, and all replicas' samples, count towards every pair.
     More than `order` directions at once are a frame of the space, and Q S what fits all responses best.
+
+    From one sweep to the next the basis stands still, and so do the rows that are kept: Rayleigh-Ritz turns X and Z
+    alike, by a matrix of `(order, order)` that is kept beside them. A response changes Z by one column for every
+    direction. So what a probe costs beside the gradient is a few passes over `order` rows, until the sweep is over.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
@@ -97,9 +101,12 @@ class TrackedSubspace:
         self._columns = columns
         rows = (torch.randn(size, generator=generator) for _ in range(order))
         parts = [row if columns is None else columns.part(row) for row in rows]
-        self._recipe: tuple[float, list[Tensor]] | None = None
-        self._vectors = self._orthonormal(torch.stack(parts).to(device))[0]
+        self._turned: Tensor | None = None
+        # Rows of the basis and their responses; the pairs are these, turned.
+        self._vectors = self._orthonormal(torch.stack(parts).to(device))
         self._responses = torch.zeros_like(self._vectors)
+        self._rotation = torch.eye(order, dtype=torch.float64)
+        self._projected = torch.zeros(order, order, dtype=torch.float64)
         self._mixture = _frame(order, order)
         self._values = torch.zeros(order, dtype=torch.float64)
         self._corrections = torch.zeros(order, dtype=torch.float64)
@@ -121,7 +128,8 @@ class TrackedSubspace:
         """
         if count < 1:
             raise ValueError(f"{count=} must be >= 1")
-        basis, mixture, turn = self._next_probe(count)
+        mixture, turn = self._next_probe(count)
+        basis = self._turned_basis() if self._over else self._vectors
         return mixture[turn].to(basis) @ basis
 
     def observe(self, responses: Tensor) -> None:
@@ -138,27 +146,36 @@ class TrackedSubspace:
         if responses.dim() != 2 or len(responses) < 1 or responses.shape[1] != size:
             raise ValueError(f"responses must be (count, {size}), count >= 1, got {tuple(responses.shape)}")
         responses = responses.to(self._vectors.dtype)
-        if float(self._total((~torch.isfinite(responses)).sum().double().cpu())) > 0.0:
-            raise FloatingPointError("responses must be finite")
         count, first_sweep = len(responses), self.sweeps == 0
-        basis, mixture, turn = self._next_probe(count)
-        modelled, before = self._model(basis) if self._over else (self._responses, torch.eye(self.order).double())
-        innovations = responses - mixture[turn].to(modelled) @ modelled
-        shares = torch.linalg.pinv(mixture)
-        # All that must be summed over the columns, at once.
-        products = self._products((basis, self._vectors), (modelled, innovations))
-        within, along = products[: self.order], products[self.order :]
+        mixture, turn = self._next_probe(count)
+        shares, probed = torch.linalg.pinv(mixture), mixture[turn]
+        if self._over:
+            self._check_finite(self._products((responses,), (responses,)))
+            basis = self._turned_basis()
+            before = self._rotation @ self._model(basis, self._responses)  # in place of what is older
+            products = self._products((basis, self._vectors), (self._responses, responses))
+            projected, along_basis = products[: self.order].tensor_split([self.order], dim=1)
+            known, along = products[self.order :].tensor_split([self.order], dim=1)
+            along = self._rotation @ (along - known @ probed.T)
+            reference = torch.eye(self.order, dtype=torch.float64)
+        else:
+            basis, before, reference = self._vectors, self._rotation, self._rotation
+            products = self._products((basis, responses), (responses,))
+            self._check_finite(products[-count:])
+            projected, along_basis = self._projected, products[:-count]
+            along = before @ (along_basis - projected @ probed.T)
         if not first_sweep:
-            self._learn(before @ shares, turn, along[:, self.order :], before.square().sum(dim=1))
+            self._learn(before @ shares, turn, along, before.square().sum(dim=1))
         gain = shares[:, turn] * (1.0 if first_sweep else self.smoothing)
-        self._vectors, self._mixture, self._recipe = basis, mixture, None
-        self._responses = modelled + gain.to(innovations) @ innovations
+        self._projected = projected + (along_basis - projected @ probed.T) @ gain.T
+        self._vectors, self._mixture, self._turned = basis, mixture, None
+        self._take_in(responses, probed, gain)
         self._next = turn[0] + count
         self._over = self._next >= len(mixture)
         if first_sweep and not self._over:
             return
-        rotation = self._rayleigh_ritz(within[:, : self.order] + within[:, self.order :] @ gain.T)
-        self._carry_over(rotation @ before.T)
+        self._rayleigh_ritz(reference)
+        self._carry_over(self._rotation @ before.T)
         self.sweeps += self._over
 
     @property
@@ -169,27 +186,43 @@ class TrackedSubspace:
     @property
     def eigenvectors(self) -> Tensor:
         """Ritz vectors, `(order, N)`, orthonormal rows; empty in the first sweep."""
-        return self._vectors[: self.order if self.sweeps else 0].clone()
+        return self._rotation[: self.order if self.sweeps else 0].to(self._vectors) @ self._vectors
 
     @property
     def residuals(self) -> Tensor:
         """`‖H x_i − θ_i x_i‖` of Ritz pairs with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
         if not self.sweeps:
             return self._values[:0].clone()
-        errors = self._responses - self._values.to(self._vectors)[:, None] * self._vectors
-        return self.lengths(errors)
+        turn = self._rotation.to(self._vectors)
+        scaled = self._values[:, None].to(turn) * turn
+        squares = torch.zeros(self.order, dtype=torch.float64, device=turn.device)
+        for X, Z in self._chunks(self._vectors, self._responses):
+            errors = torch.addmm(turn @ Z, scaled, X, alpha=-1.0)
+            squares += torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).square()
+        return self._total(squares.cpu()).sqrt()
 
-    def lengths(self, rows: Tensor) -> Tensor:
-        """Lengths of rows.
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Products of the Ritz vectors with rows.
 
         Args:
-            rows: `(k, N)`.
+            rows: `(k, N)`, fp32 or fp64.
 
         Returns:
-            `(k,)`, fp64 on the CPU, the same in all processes.
+            `(order, k)`, fp64 on the CPU; of the columns held here, if processes share them. Empty in the first sweep.
         """
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-        return self._total(squares.cpu()).sqrt()
+        return self._rotation[: self.order if self.sweeps else 0] @ inner_products(self._vectors, rows)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Sum of the Ritz vectors with weights.
+
+        Args:
+            weights: `(order,)`, none in the first sweep.
+
+        Returns:
+            `(N,)`, of the columns held here, if processes share them.
+        """
+        turned: Tensor = weights.double().cpu() @ self._rotation[: len(weights)]
+        return turned.to(self._vectors) @ self._vectors
 
     @property
     def uncertainties(self) -> Tensor:
@@ -237,15 +270,21 @@ class TrackedSubspace:
         self._check_alone()
         return damped_inverse_hvp(self.eigenvalues, self.eigenvectors, z, damping, bulk=bulk, absolute=absolute)
 
+    @staticmethod
+    def _check_finite(products: Tensor) -> None:
+        if not bool(products.isfinite().all()):
+            raise FloatingPointError("responses must be finite")
+
     def _check_alone(self) -> None:
         if self._columns is not None:
             raise ValueError("products need all columns: CurvatureMonitor.eigenvectors has them in every process")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the space has learnt: tensors and numbers."""
-        names = ["order", "smoothing", "sweeps", "_next", "_over", "_mixture", "_vectors", "_responses", "_values"]
-        names += ["_variances", "_corrections", "_changes", "_averaged"]
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        names = ["order", "smoothing", "sweeps", "_next", "_over", "_mixture", "_vectors", "_rotation", "_projected"]
+        names += ["_values", "_variances", "_corrections", "_changes", "_averaged"]
+        # Responses change in place.
+        return {name.lstrip("_"): getattr(self, name) for name in names} | {"responses": self._responses.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a space of the same order and size.
@@ -256,7 +295,9 @@ class TrackedSubspace:
         Raises:
             ValueError: if order or size differ, or something is missing.
         """
-        missing = sorted(self.state_dict().keys() - state.keys())
+        # States of before there was a rotation hold the pairs themselves.
+        turned = {"rotation", "projected"} <= state.keys()
+        missing = sorted(self.state_dict().keys() - state.keys() - {"rotation", "projected"})
         if missing:
             raise ValueError(f"the state lacks {', '.join(missing)}: it is of another version")
         shape = tuple(state["vectors"].shape)
@@ -264,48 +305,62 @@ class TrackedSubspace:
             raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._vectors.shape)}")
         self.smoothing, self.sweeps = state["smoothing"], state["sweeps"]
         self._next, self._over = state["next"], state["over"]
-        self._recipe = None
+        self._turned = None
         for name in ("vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
-        for name in ("mixture", "values", "variances", "corrections", "changes", "averaged"):
-            setattr(self, f"_{name}", state[name].to(dtype=torch.float64, device="cpu", copy=True))
+        small = {name: state[name] for name in ("mixture", "values", "variances", "corrections", "changes", "averaged")}
+        small["rotation"] = state["rotation"] if turned else torch.eye(self.order)
+        small["projected"] = state["projected"] if turned else self._products((self._vectors,), (self._responses,))
+        for name, value in small.items():
+            setattr(self, f"_{name}", value.to(dtype=torch.float64, device="cpu", copy=True))
 
-    def _next_probe(self, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """The basis to be probed, the mixture of it that are its directions, and which of them are next."""
-        # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
-        basis = self._turned_basis() if self._over else self._vectors
-        mixture, first = self._mixture, self._next
-        if self._over or count > len(mixture):
-            mixture, first = _frame(max(count, self.order), self.order), 0
-        return basis, mixture, [(first + i) % len(mixture) for i in range(count)]
+    def _next_probe(self, count: int) -> tuple[Tensor, list[int]]:
+        """The mixture of the basis that are the directions of this sweep, and which of them are next."""
+        if not self._over and count <= len(self._mixture):
+            return self._mixture, [(self._next + i) % len(self._mixture) for i in range(count)]
+        mixture = _frame(max(count, self.order), self.order)
+        return mixture if self._over else mixture @ self._rotation, list(range(count))
 
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._columns is None else self._columns.total(sums)
 
     def _products(self, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         """Of all rows with all others, one below the other and side by side, summed over the columns at once."""
-        return self._total(torch.cat([torch.cat([inner_products(a, b) for b in others], dim=1) for a in rows]))
+        sums = [
+            torch.cat(left).double() @ torch.cat(right).double().T
+            for left, right in zip(self._chunks(*rows), self._chunks(*others), strict=True)
+        ]
+        return self._total(torch.stack(sums).sum(dim=0).cpu())
 
-    def _model(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """`A q` for rows q, `(k, N)`, and the products `X qᵀ`, `(order, k)`."""
-        k, order = len(q), self.order
-        products = self._products((q, self._vectors), (self._vectors, self._responses))
-        coordinates, within = products[:k, :order], products[k:, order:]
-        across = products[:k, order:] - coordinates @ within
-        return coordinates.to(q) @ self._responses + across.to(q) @ self._vectors, coordinates.T
+    def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Some columns of all after the others; there is at least one chunk, though it may be empty."""
+        width = at_a_time(CHUNK, rows[0].device)
+        return zip(*(torch.split(one, width, dim=1) for one in rows), strict=True)
 
-    def _rayleigh_ritz(self, projected: Tensor) -> Tensor:
-        """Rotate the basis, and with it what is known in it, to the eigenvectors of `sym(X Zᵀ)`; the rotation."""
-        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+    def _take_in(self, responses: Tensor, probed: Tensor, gain: Tensor) -> None:
+        """Change the responses of the basis, in place, by the innovations of what was probed."""
+        gain, probed = gain.to(responses), probed.to(responses)
+        for Z, new in self._chunks(self._responses, responses):
+            Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0))
+
+    def _model(self, q: Tensor, into: Tensor) -> Tensor:
+        """`A q` for rows q, `(k, N)`, which is written to memory of their shape; the products of the basis with q."""
+        order = self.order
+        products = self._products((q,), (self._vectors, self._responses))
+        coordinates, across = products[:, :order], products[:, order:] - products[:, :order] @ self._projected
+        on_responses, on_vectors = coordinates.to(q), across.to(q)
+        for target, X, Z in self._chunks(into, self._vectors, self._responses):
+            target.copy_(torch.addmm(on_responses @ Z, on_vectors, X))
+        return coordinates.T
+
+    def _rayleigh_ritz(self, reference: Tensor) -> None:
+        """Turn to the eigenvectors of `sym(X Zᵀ)`, with the signs that they have along the first row of a reference."""
+        values, rotation = torch.linalg.eigh((self._projected + self._projected.T) / 2)
         order = values.abs().argsort(descending=True, stable=True)
         rotation = rotation[:, order].T
         # A sign is no property of an eigenvector, but one of the mixture with others.
-        rotation = torch.where(rotation[:, :1] < 0.0, -rotation, rotation)
+        self._rotation = torch.where((rotation @ reference[0])[:, None] < 0.0, -rotation, rotation)
         self._values = values[order]
-        self._vectors = rotation.to(self._vectors) @ self._vectors
-        self._responses = rotation.to(self._responses) @ self._responses
-        self._mixture = self._mixture @ rotation.T
-        return rotation
 
     def _learn(self, shares: Tensor, turn: list[int], along: Tensor, within: Tensor) -> None:
         """What a probe says about the pairs before it: corrections and variances.
@@ -344,32 +399,33 @@ class TrackedSubspace:
 
     def _turned_basis(self) -> Tensor:
         """An orthonormal basis of the responses, for the next sweep."""
-        longest, turns = self._recipe or (float(self.lengths(self._responses).max()), [])
-        # A pair without response keeps its direction: QR would complete with coordinate axes, the same ones for ever.
-        rows = self._responses / longest + 1e-7 * self._vectors if longest else self._vectors
-        for turn in turns:
-            rows = turn.to(rows) @ rows
-        if self._recipe is None:
-            # It is needed twice, to probe and to learn: no bases are kept between, but how to make them.
-            rows, turns = self._orthonormal(rows)
-            self._recipe = longest, turns
-        return rows
+        # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
+        if self._turned is None:
+            turn = self._rotation.to(self._vectors)
+            rows = turn @ self._responses
+            longest = float(self._products((rows,), (rows,)).diagonal().max().sqrt())
+            # A pair without response keeps its direction: QR would complete with coordinate axes, always the same ones.
+            for new, X in self._chunks(rows, self._vectors):
+                new.copy_(torch.addmm(new, 1e-7 * turn, X, beta=1.0 / longest) if longest else turn @ X)
+            self._turned = self._orthonormal(rows)
+        return self._turned
 
-    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Orthonormal basis of independent rows, that of Gram and Schmidt, and the matrices that make it, in turn."""
+    def _orthonormal(self, rows: Tensor) -> Tensor:
+        """Orthonormal basis of independent rows, that of Gram and Schmidt, in their place."""
         # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
         # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
-        turns: list[Tensor] = []
         eye = torch.eye(len(rows), dtype=torch.float64)
-        while len(turns) < _ROUNDS:
+        for _ in range(_ROUNDS):
             gram = self._products((rows,), (rows,))
             if float((gram - eye).abs().max()) < _ORTHONORMAL:
                 break
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
             lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + _SHIFT * eye)
-            turns.append(torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False))
-            rows = turns[-1].to(rows) @ rows
-        return rows, turns
+            turn = torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False)
+            turn = turn.to(rows)
+            for some in self._chunks(rows):
+                some[0].copy_(turn @ some[0])
+        return rows
 
 
 def _frame(count: int, order: int) -> Tensor:
