@@ -124,6 +124,11 @@ def over_bar(milliseconds: Mapping[str, float]) -> float:
     return milliseconds["kronecker"] / (1.1 * milliseconds["Adam"] + milliseconds["gradient"] / EVERY)
 
 
+def gradients_to_the_bar(milliseconds: Mapping[str, float]) -> float:
+    """How many times as long a gradient must take for the default rule's step to be at the bar."""
+    return EVERY * (milliseconds["kronecker"] - 1.1 * milliseconds["Adam"]) / milliseconds["gradient"]
+
+
 def batch_of(case: Case, device: torch.device) -> Tensor:
     """Inputs on a device."""
     inputs = case.inputs().to(device)

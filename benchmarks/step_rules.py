@@ -32,7 +32,7 @@ from replica_newton.training.loop import batches
 from replica_newton.training.models import Activation, reference_convnet
 
 RESULTS = Path("docs/results/step_rules.jsonl")
-COSTS = Path("docs/results/metric_cost.json")
+COSTS = (Path("docs/results/metric_cost.json"), Path("docs/results/metric_cost_cuda.json"))
 PAGE = Path("docs/step_rules.md")
 SEEDS = (0, 1, 2)
 SLOPES_EVERY = 10
@@ -88,7 +88,7 @@ def main() -> None:
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
                 console.print(f"{key.task}, {key.rule} at {key.rate:g}, seed {key.seed}: {record.loss:.4g}")
-    costs = json.loads(COSTS.read_text())["milliseconds"] if COSTS.exists() else {}
+    costs = [json.loads(one.read_text()) for one in COSTS if one.exists()]
     PAGE.write_text(write_page(read(), list(TASKS), RULES, costs))
 
 

@@ -64,6 +64,7 @@ def test_ratios_and_bars_are_those_of_the_medians(completed: Completed) -> None:
     # Ours at 5, 4, 3, 2 and 1 times 0.95, against Adam's 2.0 after all five.
     assert found["reached"] == {"digits-mlp-full": {"share": pytest.approx(0.8), "limit": 0.67, "met": False}}
     assert found["identity"] == {"ratios": {}, "within": 0, "met": True}
+    assert found["doublings"] == []
     assert found["safety"] == {"runs": 30, "seeds": 10, "diverged": 0}
     row = found["tasks"]["mnist-relu"]["methods"]["paper"]
     assert (row["final_nll"], row["diverged"], row["at_the_edge"]) == (None, 3, False)
@@ -95,6 +96,22 @@ def test_the_step_without_a_metric_is_held_to_momentum(completed: Completed, tmp
     }
     claim = "| without a metric (identity) at most best-tuned SGD with momentum on every task | on 1 of 2 "
     assert f"{claim}| does not hold |" in write_page(plan, records, tmp_path, "replica-newton benchmark").read_text()
+
+
+def test_twice_the_replicas_are_held_to_as_many(completed: Completed, tmp_path: Path) -> None:
+    plan = Plan(("digits-mlp", "digits-mlp-full"), ("sgd", "replica-newton", "M=1", "M=2", "M=4"), Extent(extensions=0))
+    losses = {"M=1": 1.0, "M=2": 2.0, "M=4": 2.0}
+
+    def of(run: Run) -> float:
+        neutral = run.task == "digits-mlp" and run.method == "M=2"
+        return 1.04 if neutral else losses.get(run.method, 0.5)
+
+    records, _ = completed(plan, of)
+    first, second = findings(plan, records)["doublings"]
+    assert (first["from"], first["to"], first["within"], first["worst"], first["met"]) == (1, 2, 1, 2.0, False)
+    assert (second["from"], second["to"], second["within"], second["met"]) == (2, 4, 1, False)
+    text = write_page(plan, records, tmp_path, "replica-newton benchmark").read_text()
+    assert "from 1 to 2 replicas at most 1.05 × the loss, on every task | on 1 of 2, at worst 2.000 | does not" in text
 
 
 def test_an_unfinished_benchmark_has_no_findings(completed: Completed) -> None:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from replica_newton.benchmark.optimizers import METHODS
+from replica_newton.benchmark.optimizers import METHODS, WithoutFall, WithoutGrowth, WithoutRise
 from replica_newton.benchmark.steppers import DiagonalHessian, Stepper
+from replica_newton.optim.rate import DistanceRate
 
 CURVATURES = torch.tensor([1.0, 2.0, 5.0, 0.5])
 
@@ -116,3 +117,24 @@ def test_a_plain_stepper_steps_as_its_optimizer() -> None:
     stepper.scale_rate(0.5)
     stepper.step(torch.zeros(8, 1), torch.zeros(8))
     assert torch.allclose(module.w, start * (1.0 - 0.05 * CURVATURES))
+
+
+def observed(rate: DistanceRate, steps: int) -> list[float]:
+    """Rates of so many steps that all leave the slope as it is, in a network that grows."""
+    rates = []
+    for step in range(steps):
+        rates.append(rate(1.0 + step))
+        rate.observe(1.0, 1.0)
+    return rates
+
+
+def test_the_ablations_of_the_rate_leave_out_what_they_say() -> None:
+    default, rise, fall, growth = (
+        observed(kind(), 60) for kind in (DistanceRate, WithoutRise, WithoutFall, WithoutGrowth)
+    )
+    assert rise[0] == rise[10] == pytest.approx(0.5)
+    assert rise[25:] == default[25:]
+    assert fall[:20] == default[:20]
+    assert fall[-1] == pytest.approx(default[-1] * 3.0**0.5)
+    assert growth[-1] == pytest.approx(0.5 / 3.0**0.5)
+    assert default[-1] > 2.0 * growth[-1]

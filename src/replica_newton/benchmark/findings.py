@@ -1,5 +1,6 @@
 """What the benchmark says: every number of its page, by name, from the records alone."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from statistics import median, median_low
@@ -23,6 +24,8 @@ BARS = (
 REACHED = 0.67
 """Share of its evaluations within which best-tuned Adam's final loss is to be reached, where batches are large."""
 IDENTITY, MOMENTUM = "identity", "momentum"
+REPLICAS, NEUTRAL = (1, 2, 4, 8), 1.05
+"""Numbers of replicas of the rule that takes curvature from them, and the loss over that of half as many, at most."""
 Entries = dict[str, dict[str, Entry]]
 
 
@@ -92,6 +95,7 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
         Sections "extent", "tasks" (by name: what it is and a row a method), "ratios" (by task, by opponents), "bars",
         "reached" (by task of large batches: how soon ours has Adam's final NLL),
         "identity" (ours without a metric over best-tuned SGD with momentum, by task),
+        "doublings" (twice the replicas over as many, for the rule that takes curvature from them),
         "safety" (how many runs of ours, and how many diverged) and "ablations" (by method, by task: its NLL over ours).
 
     Raises:
@@ -121,6 +125,7 @@ def findings(plan: Plan, records: Records) -> dict[str, Any]:
             if {OURS, "adam"} <= rows.keys() and TASKS[task].batch_size >= LARGE_BATCH
         },
         "identity": _identity(found),
+        "doublings": _doublings(found),
         "safety": _safety(plan, records),
         "ablations": _ablations(found),
     }
@@ -208,6 +213,22 @@ def _identity(found: Entries) -> dict[str, Any]:
         "within": within,
         "met": within == len(ratios),
     }
+
+
+def _doublings(found: Entries) -> list[dict[str, Any]]:
+    """From M replicas to twice as many at equal evaluations: on how many tasks the loss stays or falls."""
+    doublings = []
+    for few, many in itertools.pairwise(REPLICAS):
+        ratios = [
+            _over(*(median(rows[method].finals[rows[method].rate]) for method in (f"M={many}", f"M={few}")))
+            for rows in found.values()
+            if {f"M={few}", f"M={many}"} <= rows.keys()
+        ]
+        if ratios:
+            within = sum(ratio <= NEUTRAL for ratio in ratios)
+            counts = {"from": few, "to": many, "limit": NEUTRAL, "within": within, "tasks": len(ratios)}
+            doublings.append(counts | {"worst": finite_or_none(max(ratios)), "met": within == len(ratios)})
+    return doublings
 
 
 def _safety(plan: Plan, records: Records) -> dict[str, int]:

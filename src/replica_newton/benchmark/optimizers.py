@@ -1,5 +1,6 @@
 """The methods of the benchmark by name: peers with their grids of rates, ours with one rate, and its ablations."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from replica_newton.benchmark.tasks import Task
 from replica_newton.optim import ReplicaNewton
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.metric_step import MetricStep
+from replica_newton.optim.rate import DistanceRate
 from replica_newton.optim.replica_newton import Rule
 from replica_newton.spread import LocalStep, RandomDirections
 from replica_newton.topology import Simulated
@@ -156,13 +158,38 @@ class UnfittedMetric(Metric):
         """Nothing."""
 
 
+class WithoutRise(DistanceRate):
+    """The rate of the default that is at its longest from the first step on."""
+
+    def __call__(self, size: float) -> float:
+        """See `DistanceRate`."""
+        return super().__call__(size) / min(self.steps / self.warm_up, 1.0)
+
+
+class WithoutFall(DistanceRate):
+    """The rate of the default that stays at its longest."""
+
+    def __call__(self, size: float) -> float:
+        """See `DistanceRate`."""
+        return super().__call__(size) * math.sqrt(max(self.steps / self.warm_up, 1.0))
+
+
+class WithoutGrowth(DistanceRate):
+    """The rate of the default whose distance stays that of the first weights."""
+
+    @property
+    def _straight(self) -> bool:
+        return False
+
+
 def _metric(
     metric: Callable[[], Metric] = Metric,
     stepper: Callable[[nn.Module, Criterion, ReplicaNewton], Stepper] = AtItsAverage,
+    distance_rate: Callable[[], DistanceRate] = DistanceRate,
 ) -> Make:
     def make(module: nn.Module, criterion: Criterion, rate: float) -> Stepper:
         optimizer = ReplicaNewton(module.parameters(), rate, rule="metric")
-        optimizer.metric_step = MetricStep(metric())
+        optimizer.metric_step = MetricStep(metric(), distance_rate())
         return stepper(module, criterion, optimizer)
 
     return make
@@ -269,6 +296,9 @@ METHODS: dict[str, Method] = {
         "evaluated at its last point", _metric(stepper=lambda *parts: Stepper(*parts, scheduled=False))
     ),
     "cosine": _ablation("its rate times the peers' schedule, last point", _metric(stepper=Stepper)),
+    "no-rise": _ablation("no rise of its rate over the first 20 steps", _metric(distance_rate=WithoutRise)),
+    "no-fall": _ablation("no fall of its rate after 20 steps", _metric(distance_rate=WithoutFall)),
+    "no-growth": _ablation("no growth of its distance", _metric(distance_rate=WithoutGrowth)),
     "unfitted": _ablation("second moments as they are when bases turn (SOAP's)", _metric(UnfittedMetric)),
     "diagonal": _ablation("diagonal metric", _metric(partial(Metric, "diagonal"))),
     "identity": _ablation("no metric (identity)", _metric(partial(Metric, "identity"))),

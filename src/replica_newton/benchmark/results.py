@@ -45,7 +45,8 @@ def save_records(path: Path, records: Records, **further: Any) -> None:
         records: what has been found.
         further: sections that follow from them.
     """
-    lines = [json.dumps(rounded(record.to_json())) for _, record in sorted(records.items(), key=lambda one: one[0].key)]
+    ordered = sorted(records.items(), key=lambda one: one[0].key)
+    lines = [json.dumps(rounded(record.to_json()), separators=(",", ":")) for _, record in ordered]
     sections = [f'"format": {FORMAT}']
     sections += [f"{json.dumps(name)}: {json.dumps(rounded(value), indent=1)}" for name, value in further.items()]
     sections.append('"runs": [\n' + ",\n".join(lines) + "\n]")
