@@ -17,7 +17,8 @@ from replica_newton.optim.metric_step import MetricStep, Moved, evaluated
 from replica_newton.optim.probe_calls import ProbeCalls
 from replica_newton.topology.buckets import local
 from replica_newton.topology.dealing import Dealing, deal
-from replica_newton.topology.processes import LocalClosure, Processes
+from replica_newton.topology.local_closure import LocalClosure
+from replica_newton.topology.processes import Processes
 from replica_newton.topology.random_state import RandomState
 from replica_newton.topology.simulated import Data, ReplicaClosure
 

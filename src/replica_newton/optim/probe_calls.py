@@ -14,7 +14,7 @@ from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.paired_probes import Held, PairedProbes
 from replica_newton.topology.buckets import local
 from replica_newton.topology.dealing import Dealing
-from replica_newton.topology.processes import LocalClosure
+from replica_newton.topology.local_closure import LocalClosure
 from replica_newton.topology.random_state import RandomState
 from replica_newton.topology.simulated import ReplicaClosure
 

@@ -166,7 +166,7 @@ class Collectives:
             phase: what an error calls it.
         """
         for tensor in tensors:
-            buffer = tensor.detach().contiguous()
+            buffer = self._placed(tensor.detach()).contiguous()
             options = BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
             self._run(phase, partial(self.group.broadcast, [buffer], options))
@@ -259,7 +259,7 @@ class Collectives:
         P, K = self.size, sums.numel()
         if P == 1:
             return sums.clone()
-        flat = sums.flatten().cuda() if self._on_device else sums.flatten()
+        flat = self._placed(sums.flatten())
         if exchanges_for_a_sum(K, P) == 1:
             total = self._from_each(flat.expand(P, K), phase).sum(dim=0)
         else:
@@ -267,6 +267,10 @@ class Collectives:
             part = self._from_each(padded, phase).sum(dim=0)
             total = self._from_each(part.expand(P, -1), phase).flatten()[:K]
         return total.reshape(sums.shape).to(sums.device)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Where the backend can send it from."""
+        return tensor.cuda() if self._on_device else tensor
 
     def _from_each(self, sent: Tensor, phase: str) -> Tensor:
         """Row j of `(P, w)` goes to process j; row j of what is returned has come from there."""

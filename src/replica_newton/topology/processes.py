@@ -2,14 +2,13 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.buckets import (
     BUCKET_BYTES,
@@ -26,15 +25,12 @@ from replica_newton.topology.buckets import (
 from replica_newton.topology.collectives import Collectives
 from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_whole, is_even
 from replica_newton.topology.layout import Layout
+from replica_newton.topology.local_closure import LocalClosure
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import (
-    Buffers,
     Criterion,
     Data,
     ReplicaGradients,
-    backward,
-    snapshot,
-    write_back,
 )
 
 DEFAULT_TIMEOUT = 300.0
@@ -502,85 +498,6 @@ class Processes(LastingMembers):
         Args:
             buffers: of the same shapes in all processes.
         """
-
-
-class LocalClosure:
-    """One replica's shard of a global batch. Made by `Processes.closure`.
-
-    Called without arguments it leaves the gradient of the shard in `.grad` and returns the loss.
-    """
-
-    def __init__(
-        self,
-        topology: Processes,
-        module: nn.Module,
-        criterion: Criterion,
-        inputs: tuple[Tensor, ...],
-        targets: Tensor,
-    ) -> None:
-        self._topology = topology
-        self._module = module
-        self._criterion = criterion
-        self._samples = (*inputs, targets)
-        self._before: Buffers = []
-        self.samples_evaluated = 0
-
-    @property
-    def replicas(self) -> int:
-        """M, the number of shards of the batch."""
-        return self._topology.replicas
-
-    @property
-    def samples(self) -> int:
-        """Number of samples in the global batch."""
-        return self.replicas * len(self._samples[-1])
-
-    @property
-    def module(self) -> nn.Module:
-        """The model; of one in `DistributedDataParallel`, the one inside."""
-        return self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
-
-    def losses(self) -> list[Callable[[], Tensor]]:
-        """A function that returns the loss of this replica's shard, as the module stands."""
-
-        def loss() -> Tensor:
-            *inputs, targets = self._samples
-            return self._criterion(self.module(*inputs), targets)
-
-        return [loss]
-
-    def __call__(self) -> Tensor:
-        """Gradient of the shard; buffers (batch-norm statistics) become the mean over replicas."""
-        self._topology.align(list(self._module.buffers()))
-        self._before = snapshot(self._module)
-        loss = self._backward(self._samples)
-        for buffer in self._module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self._topology.mean_of_workers(buffer.double().cpu()).to(buffer))
-        return loss
-
-    def common(self) -> Tensor:
-        """Gradient on the shard of the first replica, with its random numbers; buffers stay."""
-        samples = tuple(rows.clone() for rows in self._samples)
-        random_state = torch.get_rng_state()
-        self._topology.common_to_workers((*samples, random_state))
-        before = snapshot(self._module)
-        with torch.random.fork_rng():
-            torch.set_rng_state(random_state)
-            loss = self._backward(samples)
-        write_back(before)
-        return loss
-
-    def restore(self) -> None:
-        """Put the module's buffers back to where they were before the last evaluation."""
-        write_back(self._before)
-
-    def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
-        # A DistributedDataParallel module would average the gradients, and with them the differences away.
-        with self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext():
-            loss = backward(self._module, self._criterion, samples)
-        self.samples_evaluated += self.replicas * len(samples[-1])
-        return loss
 
 
 def _by_rows(parameter: Tensor) -> bool:
