@@ -7,11 +7,11 @@ falls on all; the ratio is the median of those within a round. In one process; w
 their shards of the batch one after the other; and in real processes, each with a batch of 256, whose step is a
 gradient, an all-reduce and SGD.
 
-Against Lanczos: at some steps the top five eigenvalues are compared with the truth, Lanczos over 5,000 training
-samples. Then the cheapest fresh Lanczos is looked for whose median errors, of the top eigenvalue and of the top five,
-are no larger than the monitor's: over more or fewer steps, each a Hessian-vector product by double backward
-(hessian-eigenthings), and over more or fewer samples, other ones than the truth's. An observation of the monitor costs
-what its block of steps takes longer.
+Against Lanczos: at some steps the top five eigenvalues are compared with the truth, Lanczos over 20,000 training
+samples, as many as in `monitor_accuracy.py`. Then the cheapest fresh Lanczos is looked for whose median errors, of the
+top eigenvalue and of the top five, are no larger than the monitor's: over more or fewer steps, each a Hessian-vector
+product by double backward (hessian-eigenthings), and over more or fewer samples, other ones than the truth's. An
+observation of the monitor costs what its block of steps takes longer.
 
 Writes `monitor_cost.json`, `.png` and `.svg`.
 
@@ -48,7 +48,7 @@ from replica_newton.training.models import reference_convnet
 
 BATCH, RANK, EVERY = 256, 8, 10
 TOP = 5
-REFERENCE_SAMPLES, REFERENCE_STEPS = 5000, 25
+REFERENCE_SAMPLES, REFERENCE_STEPS = 20_000, 25
 LANCZOS_SAMPLES, LANCZOS_STEPS = (512, 1024, 2048, 4096, 8192), 12
 REUSED, EXACT = ", .grad reused", ", exact"
 COLOURS = {

@@ -22,17 +22,18 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def rounded(value: Any) -> Any:
-    """Six digits of every number.
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Some digits of every number.
 
     Args:
         value: Anything that JSON has.
+        digits: How many are significant.
 
     Returns:
         The same, tuples as lists.
     """
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: rounded(one, digits) for name, one in value.items()}
+    return [rounded(one, digits) for one in value] if isinstance(value, (list, tuple)) else value

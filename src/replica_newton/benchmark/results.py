@@ -48,7 +48,7 @@ def save_records(path: Path, records: Records, **further: Any) -> None:
     ordered = sorted(records.items(), key=lambda one: one[0].key)
     lines = [json.dumps(rounded(record.to_json()), separators=(",", ":")) for _, record in ordered]
     sections = [f'"format": {FORMAT}']
-    sections += [f"{json.dumps(name)}: {json.dumps(rounded(value), indent=1)}" for name, value in further.items()]
+    sections += [f"{json.dumps(name)}: {json.dumps(rounded(value))}" for name, value in further.items()]
     sections.append('"runs": [\n' + ",\n".join(lines) + "\n]")
     replace_file(path, ("{" + ",\n".join(sections) + "}\n").encode())
 

@@ -14,12 +14,15 @@ from replica_newton.benchmark.data import TaskData
 from replica_newton.benchmark.optimizers import METHODS
 from replica_newton.benchmark.steppers import Stepper
 from replica_newton.benchmark.tasks import TASKS
+from replica_newton.files import rounded
 from replica_newton.topology.simulated import Criterion
 from replica_newton.training.loop import batches
 from replica_newton.training.run import finite_or_none, number_or_nan
 
 POINTS = 20
 """Of a curve, equally far apart in gradient evaluations."""
+_CURVE_DIGITS = 4
+"""Of losses and seconds along it, which are drawn: most of a file of results is curves."""
 DIVERGED_FACTOR = 100.0
 """A loss so many times the first one is given up."""
 _EVALUATION_BATCH = 1024
@@ -96,7 +99,8 @@ class Record:
         """The record as JSON has it, None for nan."""
         entry = {name: finite_or_none(value) for name, value in asdict(self).items()}
         del entry["run"]["tentative"]
-        return entry | {"curve": [[finite_or_none(value) for value in point] for point in self.curve]}
+        curve = [[finite_or_none(value) for value in point] for point in self.curve]
+        return entry | {"curve": rounded(curve, _CURVE_DIGITS)}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Record":
