@@ -32,6 +32,7 @@ from replica_newton.training.loop import batches
 from replica_newton.training.models import Activation, reference_convnet
 
 RESULTS = Path("docs/results/step_rules.jsonl")
+BENCHMARK = Path("docs/benchmarks/summary.json")
 COSTS = (Path("docs/results/metric_cost.json"), Path("docs/results/metric_cost_cuda.json"))
 PAGE = Path("docs/step_rules.md")
 SEEDS = (0, 1, 2)
@@ -89,7 +90,8 @@ def main() -> None:
                     file.write(json.dumps(asdict(record)) + "\n")
                 console.print(f"{key.task}, {key.rule} at {key.rate:g}, seed {key.seed}: {record.loss:.4g}")
     costs = [json.loads(one.read_text()) for one in COSTS if one.exists()]
-    PAGE.write_text(write_page(read(), list(TASKS), RULES, costs))
+    benchmark = json.loads(BENCHMARK.read_text())["findings"]
+    PAGE.write_text(write_page(read(), list(TASKS), RULES, costs, benchmark))
 
 
 def planned(tasks: list[str], rules: list[str], seeds: int) -> Iterator[Key]:

@@ -39,8 +39,8 @@ class TrackedSubspace:
     More than `order` directions at once are a frame of the space, and Q S what fits all responses best.
 
     From one sweep to the next the basis stands still, and so do the rows that are kept: Rayleigh-Ritz turns X and Z
-    alike, by a matrix of `(order, order)` that is kept beside them. A response changes Z by one column for every
-    direction. So what a probe costs beside the gradient is a few passes over `order` rows, until the sweep is over.
+    alike, by a matrix of `(order, order)` that is kept beside them, and a response changes Z by a matrix of rank one. So
+    what a probe costs beside the gradient is a few passes over `order` rows, until the sweep is over.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
@@ -150,7 +150,7 @@ class TrackedSubspace:
         mixture, turn = self._next_probe(count)
         shares, probed = torch.linalg.pinv(mixture), mixture[turn]
         if self._over:
-            self._check_finite(self._products((responses,), (responses,)))
+            self._check_finite(self._gram(responses))
             basis = self._turned_basis()
             before = self._rotation @ self._model(basis, self._responses)  # in place of what is older
             products = self._products((basis, self._vectors), (self._responses, responses))
@@ -326,11 +326,16 @@ class TrackedSubspace:
 
     def _products(self, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         """Of all rows with all others, one below the other and side by side, summed over the columns at once."""
-        sums = [
-            torch.cat(left).double() @ torch.cat(right).double().T
-            for left, right in zip(self._chunks(*rows), self._chunks(*others), strict=True)
-        ]
+        sums = []
+        for chunks in self._chunks(*rows, *others):
+            left = torch.cat(chunks[: len(rows)]).double()
+            right = torch.cat(chunks[len(rows) :]).double() if others is not rows else left
+            sums.append(left @ right.T)
         return self._total(torch.stack(sums).sum(dim=0).cpu())
+
+    def _gram(self, rows: Tensor) -> Tensor:
+        both = (rows,)
+        return self._products(both, both)
 
     def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Some columns of all after the others; there is at least one chunk, though it may be empty."""
@@ -403,7 +408,7 @@ class TrackedSubspace:
         if self._turned is None:
             turn = self._rotation.to(self._vectors)
             rows = turn @ self._responses
-            longest = float(self._products((rows,), (rows,)).diagonal().max().sqrt())
+            longest = float(self._gram(rows).diagonal().max().sqrt())
             # A pair without response keeps its direction: QR would complete with coordinate axes, always the same ones.
             for new, X in self._chunks(rows, self._vectors):
                 new.copy_(torch.addmm(new, 1e-7 * turn, X, beta=1.0 / longest) if longest else turn @ X)
@@ -416,7 +421,7 @@ class TrackedSubspace:
         # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
         eye = torch.eye(len(rows), dtype=torch.float64)
         for _ in range(_ROUNDS):
-            gram = self._products((rows,), (rows,))
+            gram = self._gram(rows)
             if float((gram - eye).abs().max()) < _ORTHONORMAL:
                 break
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
