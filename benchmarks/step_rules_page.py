@@ -47,7 +47,7 @@ def write_page(
     costs: Sequence[Mapping[str, Any]],
     benchmark: Mapping[str, Any],
 ) -> str:
-    """The page, from all runs, from what `metric_cost.py` has found on some machines, and from the benchmark's findings."""
+    """The page, from all runs, from what `metric_cost.py` has found on some machines, and what the benchmark has."""
     seen = [task for task in tasks if any(key.task == task for key in records)]
     lines = [_INTRODUCTION, "| rule | " + " | ".join(seen) + " |", "|---" * (len(seen) + 1) + "|"]
     lines += [
@@ -182,16 +182,16 @@ Of what the optimizer was to be, on the nine tasks of [benchmarks.md](benchmarks
   below, and would be there with {batches} times the batch. Tried: bases by orthogonal iteration, every fifth step; list
   operations; on a GPU Cholesky factors for QR decompositions.
 - **Without a metric, untuned, below SGD with momentum at its best rate on every task.** It is on {within} of {tasks};
-  not on {behind} times its loss. Tried: curvature along 8 directions of the replicas (`PairedProbes`), also with a space
-  for every tensor, which ends above the step without; more of it loses more.
-- **Every doubling of the replicas helps, or is neutral.** From 2 to 8 replicas the rule "saddle-free" is neutral (at most
-  {further} times the loss); from 1 to 2, on common data, it is not, up to {first} times: secants that are no noise cost a
-  second gradient of every sample, so half of the steps. Tried: own data, where the secants are mostly noise and the
-  paper's step ends at SGD's loss or above; random directions (the placebo), which do as well; the paper's step.
+  not on {behind} times its loss. Tried: curvature along 8 directions of the replicas (`PairedProbes`), also with a
+  space for every tensor, which ends above the step without; more of it loses more.
+- **Every doubling of the replicas helps, or is neutral.** From 2 to 8 replicas the rule "saddle-free" is neutral (at
+  most {further} times the loss); from 1 to 2, on common data, it is not, up to {first} times: secants that are no noise
+  cost a second gradient of every sample, so half of the steps. Tried: own data, where the secants are mostly noise and
+  the paper's step ends at SGD's loss or above; random directions (the placebo), which do as well; the paper's step.
 - **Never far behind any peer.** On the nine tasks it is not. Of thirteen other problems it is on two behind the best
-  first-order method by more than 5 %, and on five behind the best of all ([other_problems.md](other_problems.md)). Cutting
-  the rate where the loss rises came out of these. For those left nothing was tried yet: the default is one and the same
-  in all that is reported here.
+  first-order method by more than 5 %, and on five behind the best of all ([other_problems.md](other_problems.md)).
+  Cutting the rate where the loss rises came out of these. For those left nothing was tried yet: the default is one and
+  the same in all that is reported here.
 - **Curvature from replicas in the default step.** It brings nothing there, as the table above says.
 """
 

@@ -39,8 +39,8 @@ class TrackedSubspace:
     More than `order` directions at once are a frame of the space, and Q S what fits all responses best.
 
     From one sweep to the next the basis stands still, and so do the rows that are kept: Rayleigh-Ritz turns X and Z
-    alike, by a matrix of `(order, order)` that is kept beside them, and a response changes Z by a matrix of rank one. So
-    what a probe costs beside the gradient is a few passes over `order` rows, until the sweep is over.
+    alike, by a matrix of `(order, order)` that is kept beside them, and a response changes Z by a matrix of rank one.
+    So what a probe costs beside the gradient is a few passes over `order` rows, until the sweep is over.
 
     The innovation of a probe, `H q − A q`, is what noise and change add to what was known. Along a Ritz vector x, all
     probed q together, its mean square `Σ_q (xᵀq)² (xᵀ(H q − A q))²/Σ_q (xᵀq)²`, smoothed over probes, is the variance
