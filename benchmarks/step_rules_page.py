@@ -2,8 +2,10 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from metric_cost import OPTIMIZERS, gradients_to_the_bar, over_bar
@@ -75,15 +77,19 @@ def _missed(costs: Sequence[Mapping[str, Any]], benchmark: Mapping[str, Any]) ->
     steps = [one for found in costs for one in found["milliseconds"].values()]
     overs, batches = ([of(one) for one in steps] for of in (over_bar, gradients_to_the_bar))
     first, *further = benchmark["doublings"]
-    return _MISSED.format(
+    text = _MISSED.format(
         over=f"{min(overs):.1f} to {max(overs):.1f}",
         batches=f"{min(batches):.1f} to {max(batches):.1f}",
         within=identity["within"],
         tasks=len(identity["ratios"]),
-        behind=", ".join(f"{task} {ratio:.2f}" for task, ratio in sorted(behind.items(), key=lambda one: -one[1])),
+        behind=", ".join(
+            f"{task} ({ratio:.2f} times its loss)" for task, ratio in sorted(behind.items(), key=lambda one: -one[1])
+        ),
         first=f"{first['worst']:.3g}",
         further=f"{max(one['worst'] for one in further):.2f}",
     )
+    wrap = partial(textwrap.fill, width=120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line) if line.startswith("- ") else line for line in text.replace("\n  ", " ").split("\n"))
 
 
 def _cost(name: str, milliseconds: Mapping[str, float]) -> str:
@@ -182,7 +188,7 @@ Of what the optimizer was to be, on the nine tasks of [benchmarks.md](benchmarks
   below, and would be there with {batches} times the batch. Tried: bases by orthogonal iteration, every fifth step; list
   operations; on a GPU Cholesky factors for QR decompositions.
 - **Without a metric, untuned, below SGD with momentum at its best rate on every task.** It is on {within} of {tasks};
-  not on {behind} times its loss. Tried: curvature along 8 directions of the replicas (`PairedProbes`), also with a
+  not on {behind}. Tried: curvature along 8 directions of the replicas (`PairedProbes`), also with a
   space for every tensor, which ends above the step without; more of it loses more.
 - **Every doubling of the replicas helps, or is neutral.** From 2 to 8 replicas the rule "saddle-free" is neutral (at
   most {further} times the loss); from 1 to 2, on common data, it is not, up to {first} times: secants that are no noise
@@ -192,8 +198,7 @@ Of what the optimizer was to be, on the nine tasks of [benchmarks.md](benchmarks
   first-order method by more than 5 %, and on five behind the best of all ([other_problems.md](other_problems.md)).
   Cutting the rate where the loss rises came out of these. For those left nothing was tried yet: the default is one and
   the same in all that is reported here.
-- **Curvature from replicas in the default step.** It brings nothing there, as the table above says.
-"""
+- **Curvature from replicas in the default step.** It brings nothing there, as the table above says."""
 
 _TIMES = ("gradient", *OPTIMIZERS)
 _BARS = ("over the bar", "bar met at so many times the batch")
