@@ -17,6 +17,7 @@ Writes `monitor_cost.json`, `.png` and `.svg`.
 
     python benchmarks/monitor_cost.py --data mnist.npz                        # half an hour
     python benchmarks/monitor_cost.py --data mnist.npz --steps 130 --blocks 2 # a look
+    python benchmarks/monitor_cost.py --processes                             # these again, the rest as it is in OUT
 """
 
 import argparse
@@ -116,16 +117,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="MNIST; by default the folder in REPLICA_NEWTON_DATA")
     parser.add_argument("--steps", type=int, default=600, help="training steps for the accuracy (default 600)")
     parser.add_argument("--blocks", type=int, default=60, help="blocks of ten steps timed for each mode (default 60)")
+    parser.add_argument("--processes", action="store_true", help="measure steps of real processes again, and no more")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
     options = parser.parse_args()
+    file = options.out / "monitor_cost.json"
+    if options.processes and not file.exists():
+        parser.error(f"--processes needs the rest of an earlier run, and there is no {file}")
     if options.steps <= FIRST_STEP or options.blocks < 1:
         parser.error(f"--steps must be > {FIRST_STEP} and --blocks >= 1, got {options.steps} and {options.blocks}")
     torch.set_num_threads(1)
-    dataset = load_dataset("mnist", options.data)
-    blocks = time_blocks(dataset, options.blocks)
+    if options.processes:
+        before = json.loads(file.read_text())
+        blocks, against = before["blocks"], before["lanczos"]
+    else:
+        dataset = load_dataset("mnist", options.data)
+        blocks = time_blocks(dataset, options.blocks)
     for processes in PROCESSES:
         blocks |= time_processes(processes, options.blocks)
-    against = compare(dataset, options.steps, blocks)
+    if not options.processes:
+        against = compare(dataset, options.steps, blocks)
     result = {
         "batch": BATCH,
         "every": EVERY,
@@ -136,7 +146,7 @@ def main() -> None:
         "blocks": blocks,
         "lanczos": against,
     }
-    replace_file(options.out / "monitor_cost.json", (json.dumps(result, indent=1) + "\n").encode())
+    replace_file(file, (json.dumps(result, indent=1) + "\n").encode())
     save_figure(draw(result), options.out, "monitor_cost")
     console = Console()
     for mode, block in blocks.items():
