@@ -88,6 +88,23 @@ def test_a_step_in_the_bases_of_the_cpu_is_that_of_the_cpu(build: Any, after: in
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
 
 
+def test_a_state_of_the_gpu_goes_on_on_the_cpu(tmp_path: Path) -> None:
+    problem = on(GPU, networks.convnet())
+    optimizer = ReplicaNewton(problem.module.parameters(), metric="diagonal")
+    for _ in range(12):
+        optimizer.step(plain(problem, optimizer))
+    torch.save((problem.module.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+    other = networks.convnet()
+    resumed = ReplicaNewton(other.module.parameters(), metric="diagonal")
+    module, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.module.load_state_dict(module)
+    resumed.load_state_dict(state)
+    for _ in range(12):
+        optimizer.step(plain(problem, optimizer))
+        resumed.step(plain(other, resumed))
+    torch.testing.assert_close(flat(trained(other.module)), flat(trained(problem.module)).cpu(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [8, 200])
 def test_bases_of_a_gpu_are_those_of_a_qr_decomposition(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
