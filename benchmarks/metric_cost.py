@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -98,25 +99,39 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=list(CASES), action="append", help="may be repeated; default all")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
-    options = parser.parse_args()
-    chosen, device = options.network or list(CASES), torch.device(options.device)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    chosen, device, out = command(__doc__ or "")
     found = {name: measure(CASES[name], name, device) for name in chosen}
     table = Table("ms a step", "N", "gradient", *OPTIMIZERS, "over bar", title=TITLE)
     for name, one in found.items():
         times = (f"{one[key]:.4g}" for key in ("gradient", *OPTIMIZERS))
         table.add_row(name, f"{one['parameters']:,}", *times, f"{over_bar(one):.1f}")
     Console().print(table)
-    if chosen == list(CASES):
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        content = {"torch": torch.__version__, "threads": 1} | ({"card": card} if card else {})
-        file = options.out / f"metric_cost{'_cuda' if card else ''}.json"
-        file.write_text(json.dumps(content | {"milliseconds": found}, indent=1, ensure_ascii=False) + "\n")
+    keep(out / "metric_cost", device, found, threads=1)
+
+
+def command(description: str) -> tuple[list[str], torch.device, Path]:
+    """The networks that a command line asks for, the device and the folder of the results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(CASES), action="append", help="may be repeated; default all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU of CUDA, there is none")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return options.network or list(CASES), torch.device(options.device), options.out
+
+
+def keep(file: Path, device: torch.device, milliseconds: Mapping[str, Any], **settings: int) -> None:
+    """Write what was found of all networks, a GPU's to a file of its own; of some alone, nothing."""
+    if list(milliseconds) != list(CASES):
+        return
+    content: dict[str, Any] = {"torch": torch.__version__} | settings
+    if device.type == "cuda":
+        file, content["card"] = file.with_name(f"{file.name}_cuda"), torch.cuda.get_device_name(device)
+    text = json.dumps(content | {"milliseconds": milliseconds}, indent=1, ensure_ascii=False)
+    file.with_suffix(".json").write_text(text + "\n")
 
 
 def over_bar(milliseconds: Mapping[str, float]) -> float:

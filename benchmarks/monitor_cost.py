@@ -132,10 +132,9 @@ def main() -> None:
     else:
         dataset = load_dataset("mnist", options.data)
         blocks = time_blocks(dataset, options.blocks)
+        against = compare(dataset, options.steps, blocks)
     for processes in PROCESSES:
         blocks |= time_processes(processes, options.blocks)
-    if not options.processes:
-        against = compare(dataset, options.steps, blocks)
     result = {
         "batch": BATCH,
         "every": EVERY,

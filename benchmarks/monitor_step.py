@@ -7,15 +7,12 @@ python benchmarks/monitor_step.py --device cuda        # a minute; docs/results/
 python benchmarks/monitor_step.py --network convnet    # prints alone
 """
 
-import argparse
 import gc
-import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from metric_cost import CASES, Case, batch_of, clock, loss_of
+from metric_cost import CASES, Case, batch_of, clock, command, keep, loss_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,14 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=list(CASES), action="append", help="may be repeated; default all")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
-    options = parser.parse_args()
-    chosen, device = options.network or list(CASES), torch.device(options.device)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    chosen, device, out = command(__doc__ or "")
     found = {name: {kind: measure(CASES[name], device, kind) for kind in KINDS} for name in chosen}
     table = Table(
         "", "N", "step, ms", "probe, ms", f"a probe every {EVERY} steps", title=f"CurvatureMonitor(rank={RANK})"
@@ -49,11 +39,7 @@ def main() -> None:
             times = (f"{one[key]:.4g}" for key in ("step", "probe"))
             table.add_row(f"{name}, {kind}", f"{one['parameters']:,}", *times, f"{one['ratio']:.3f}")
     Console().print(table)
-    if chosen == list(CASES):
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        content = {"torch": torch.__version__, "every": EVERY, "rank": RANK} | ({"card": card} if card else {})
-        file = options.out / f"monitor_step{'_cuda' if card else ''}.json"
-        file.write_text(json.dumps(content | {"milliseconds": found}, indent=1, ensure_ascii=False) + "\n")
+    keep(out / "monitor_step", device, found, every=EVERY, rank=RANK)
 
 
 def measure(case: Case, device: torch.device, kind: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from replica_newton import PairedProbes, ReplicaNewton, Simulated
-from replica_newton.benchmark.optimizers import UnfittedMetric
+from replica_newton.benchmark.optimizers import UnfittedMetric, WithoutFall
 from replica_newton.optim.metric import Metric, MetricName
 from replica_newton.optim.metric_step import MetricStep
 from replica_newton.optim.rate import SHARE, DistanceRate
@@ -67,17 +67,8 @@ class Rule:
     every_seed: bool = True
 
 
-class ConstantShare(DistanceRate):
-    """The rate without its fall: a share of the distance, warmed up. For a schedule of the trainer's."""
-
-    def __call__(self, size: float) -> float:
-        """See `DistanceRate`."""
-        rate, time = super().__call__(size), self._steps / self.warm_up
-        return rate * math.sqrt(max(1.0, time))
-
-
 def _ours(
-    metric: Callable[[], Metric] = Metric, rate: Callable[..., DistanceRate] = ConstantShare
+    metric: Callable[[], Metric] = Metric, rate: Callable[..., DistanceRate] = WithoutFall
 ) -> Callable[[Iterable[nn.Parameter], float], Optimizer]:
     def make(parameters: Iterable[nn.Parameter], share: float) -> Optimizer:
         optimizer = ReplicaNewton(parameters, rule="metric")

@@ -174,7 +174,7 @@ def _ratio(rows: dict[str, Entry], opponents: str) -> dict[str, Any] | None:
     peers = [entry for method, entry in rows.items() if METHODS[method].family in families]
     if not peers:
         return None
-    best = min(peers, key=lambda entry: median(entry.finals[entry.rate]))
+    best = min(peers, key=lambda entry: entry.final)
     ours, theirs = (entry.finals[entry.rate] for entry in (rows[OURS], best))
     paired = [_over(one, other) for one, other in zip(ours, theirs, strict=True)]
     return {
@@ -203,7 +203,7 @@ def _reached(plan: Plan, records: Records, rows: dict[str, Entry]) -> dict[str, 
 def _identity(found: Entries) -> dict[str, Any]:
     """The step without a metric beside best-tuned SGD with momentum."""
     ratios = {
-        task: _over(*(median(rows[method].finals[rows[method].rate]) for method in (IDENTITY, MOMENTUM)))
+        task: _over(rows[IDENTITY].final, rows[MOMENTUM].final)
         for task, rows in found.items()
         if {IDENTITY, MOMENTUM} <= rows.keys()
     }
@@ -220,7 +220,7 @@ def _doublings(found: Entries) -> list[dict[str, Any]]:
     doublings = []
     for few, many in itertools.pairwise(REPLICAS):
         ratios = [
-            _over(*(median(rows[method].finals[rows[method].rate]) for method in (f"M={many}", f"M={few}")))
+            _over(rows[f"M={many}"].final, rows[f"M={few}"].final)
             for rows in found.values()
             if {f"M={few}", f"M={many}"} <= rows.keys()
         ]
@@ -266,9 +266,9 @@ def _ablations(found: Entries) -> dict[str, dict[str, float | None]]:
     for task, rows in found.items():
         if OURS not in rows:
             continue
-        ours = median(rows[OURS].finals[rows[OURS].rate])
+        ours = rows[OURS].final
         for method, entry in rows.items():
             if METHODS[method].family == "ablation":
-                ratio = _over(median(entry.finals[entry.rate]), ours)
+                ratio = _over(entry.final, ours)
                 ablations.setdefault(method, {})[task] = finite_or_none(ratio)
     return ablations

@@ -55,6 +55,11 @@ class Entry:
     rate: float
 
     @property
+    def final(self) -> float:
+        """Median over the seeds of the final NLL at the best rate."""
+        return median(self.finals[self.rate])
+
+    @property
     def at_the_edge(self) -> bool:
         """Whether the best rate is the last one tried, so that the optimum may lie beyond."""
         return METHODS[self.method].tuned and self.rate in {self.rates[0], self.rates[-1]}

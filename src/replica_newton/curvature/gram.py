@@ -1,5 +1,6 @@
 """Replica rows: how M vectors of N elements are checked, centred and multiplied with each other in fp64."""
 
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -82,25 +83,44 @@ def at_a_time(elements: int, device: torch.device) -> int:
     return elements if device.type == "cpu" else _ON_DEVICE * elements
 
 
-def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+def column_chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some columns of all matrices after the others; there is at least one chunk, though it may be empty.
+
+    Args:
+        rows: of as many columns, on one device.
+
+    Returns:
+        Of each a view of the same columns, `CHUNK` of them on a CPU.
+    """
+    width = at_a_time(CHUNK, rows[0].device)
+    return zip(*(torch.split(one, width, dim=1) for one in rows), strict=True)
+
+
+def inner_products(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Tensor:
     """Inner products of every row of one matrix with every row of another, `A Bᵀ`, summed in fp64.
 
     fp32 sums would bury singular values below about 3e-4 of the largest, the square root of the rounding error.
 
     Args:
-        rows: `(a, N)`, any float dtype and device.
-        others: `(b, N)` on the same device.
+        rows: `(a, N)`, any float dtype and device; or several such, one below the other.
+        others: `(b, N)` on the same device, likewise.
 
     Returns:
         `(a, b)` in fp64 on the CPU, where all M×M work is done.
     """
-    total: Tensor | None = None
-    width = at_a_time(CHUNK, rows.device)
-    for start in range(0, rows.shape[1], width):
-        left = rows[:, start : start + width].double()
-        right = left if others is rows else others[:, start : start + width].double()
-        total = left @ right.T if total is None else total.addmm_(left, right.T)
-    return torch.zeros(len(rows), len(others), dtype=torch.float64) if total is None else total.cpu()
+    blocks = (rows,) if isinstance(rows, Tensor) else tuple(rows)
+    other_blocks = () if others is rows else (others,) if isinstance(others, Tensor) else tuple(others)
+    sizes = [sum(map(len, some)) for some in (blocks, other_blocks or blocks)]
+    total = torch.zeros(*sizes, dtype=torch.float64, device=blocks[0].device)
+    for chunks in column_chunks(*blocks, *other_blocks):
+        left = _in_fp64(chunks[: len(blocks)])
+        right = _in_fp64(chunks[len(blocks) :]) if other_blocks else left
+        total.addmm_(left, right.T)
+    return total.cpu()
+
+
+def _in_fp64(chunks: Sequence[Tensor]) -> Tensor:
+    return (chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))).double()
 
 
 def unresolved(squares: Tensor, *, rtol: float, scale: float) -> int:

@@ -1,10 +1,13 @@
 """Orthonormal bases of factors: their eigenvectors, and those of orthogonal iteration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 
 import torch
 from torch import Tensor
+
+from replica_newton.optim.grouping import grouped, in_parts
 
 _TOGETHER = 1 << 24
 """Elements of the matrices that are decomposed at once on a GPU: 128 MiB in fp64."""
@@ -52,7 +55,9 @@ def orthonormal_bases(matrices: Sequence[Tensor]) -> list[Tensor]:
     bases: list[Tensor | None] = [None] * len(matrices)
     if matrices and matrices[0].device.type != "cpu":
         kept, sound = [], []
-        for places in _of_one_size(matrices):
+        sizes = [matrix.numel() for matrix in matrices]
+        alike = grouped((matrix.shape, matrix.dtype) for matrix in matrices).values()
+        for places in chain.from_iterable(in_parts(some, sizes, _TOGETHER) for some in alike):
             Q, is_sound = _cholesky_qr(torch.stack([matrices[place] for place in places]))
             kept += [(place, one) for place, one in zip(places, Q, strict=True)]
             sound.append(is_sound)
@@ -61,16 +66,6 @@ def orthonormal_bases(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [
         torch.linalg.qr(matrix).Q if basis is None else basis for matrix, basis in zip(matrices, bases, strict=True)
     ]
-
-
-def _of_one_size(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of matrices of one shape and dtype, not too many at a time."""
-    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        groups.setdefault((matrix.shape, matrix.dtype), []).append(place)
-    for (shape, _), places in groups.items():
-        count = max(1, _TOGETHER // shape.numel())
-        yield from (places[i : i + count] for i in range(0, len(places), count))
 
 
 def _cholesky_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:

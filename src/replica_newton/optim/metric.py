@@ -9,6 +9,7 @@ from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.optim.bases import eigenvectors, orthonormal_bases
+from replica_newton.optim.grouping import grouped, in_parts
 
 MetricName = Literal["identity", "diagonal", "kronecker"]
 
@@ -223,19 +224,11 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
 
 def _taken_together(states: Sequence[dict[str, Any]], gradients: Sequence[Tensor]) -> Iterator[list[int]]:
     """Places of parameters whose steps are taken by the same operations, so that each is called once for all."""
-    groups: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
-    for place, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
-        groups.setdefault((gradient.dtype, gradient.device, state.get("step", 0)), []).append(place)
-    for (_, device, _), places in groups.items():
-        limit = _TOGETHER if device.type == "cpu" else _TOGETHER_ON_DEVICE
-        together, elements = [places[0]], gradients[places[0]].numel()
-        for place in places[1:]:
-            if elements + gradients[place].numel() > limit:
-                yield together
-                together, elements = [], 0
-            together.append(place)
-            elements += gradients[place].numel()
-        yield together
+    sizes = [gradient.numel() for gradient in gradients]
+    keys = [(one.dtype, one.device, state.get("step", 0)) for state, one in zip(states, gradients, strict=True)]
+    for places in grouped(keys).values():
+        on_cpu = gradients[places[0]].device.type == "cpu"
+        yield from in_parts(places, sizes, _TOGETHER if on_cpu else _TOGETHER_ON_DEVICE)
 
 
 def _kept(states: Sequence[dict[str, Any]], name: str, like: Sequence[Tensor]) -> list[Tensor]:

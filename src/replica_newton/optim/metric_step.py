@@ -1,12 +1,13 @@
 """MetricStep: steps of unit size in a metric, at a rate from the distance to go."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from replica_newton.curvature.gram import working_dtype
+from replica_newton.optim.grouping import grouped
 from replica_newton.optim.metric import Metric
 from replica_newton.optim.paired_probes import PairedProbes
 from replica_newton.optim.rate import DistanceRate
@@ -137,13 +138,9 @@ class MetricStep:
         return torch.cat((sound.new_tensor([elements, wrong]), torch.stack(sums)))
 
 
-def _alike(moved: Sequence[Moved], key: Callable[[Moved], object] = lambda _: None) -> list[list[int]]:
+def _alike(moved: Sequence[Moved], key: Callable[[Moved], object] = lambda _: None) -> Iterable[list[int]]:
     """Places of parameters of one dtype and device, and of one key, in their order."""
-    groups: dict[object, list[int]] = {}
-    for place, one in enumerate(moved):
-        kind = (one.parameter.dtype, one.parameter.device, one.gradient.dtype, key(one))
-        groups.setdefault(kind, []).append(place)
-    return list(groups.values())
+    return grouped((one.parameter.dtype, one.parameter.device, one.gradient.dtype, key(one)) for one in moved).values()
 
 
 def _numbers(moved: Sequence[Moved]) -> Tensor:

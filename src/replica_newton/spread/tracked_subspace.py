@@ -1,12 +1,12 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import CHUNK, at_a_time, inner_products
+from replica_newton.curvature.gram import column_chunks, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.spread.columns import Columns
 
@@ -150,21 +150,20 @@ class TrackedSubspace:
         mixture, turn = self._next_probe(count)
         shares, probed = torch.linalg.pinv(mixture), mixture[turn]
         if self._over:
-            self._check_finite(self._gram(responses))
+            self._check_finite(self._products(responses, responses))
             basis = self._turned_basis()
             before = self._rotation @ self._model(basis, self._responses)  # in place of what is older
             products = self._products((basis, self._vectors), (self._responses, responses))
             projected, along_basis = products[: self.order].tensor_split([self.order], dim=1)
-            known, along = products[self.order :].tensor_split([self.order], dim=1)
-            along = self._rotation @ (along - known @ probed.T)
+            known, along_before = products[self.order :].tensor_split([self.order], dim=1)
             reference = torch.eye(self.order, dtype=torch.float64)
         else:
             basis, before, reference = self._vectors, self._rotation, self._rotation
-            products = self._products((basis, responses), (responses,))
+            products = self._products((basis, responses), responses)
             self._check_finite(products[-count:])
-            projected, along_basis = self._projected, products[:-count]
-            along = before @ (along_basis - projected @ probed.T)
+            known, along_before = projected, along_basis = self._projected, products[:-count]
         if not first_sweep:
+            along = self._rotation @ (along_before - known @ probed.T)
             self._learn(before @ shares, turn, along, before.square().sum(dim=1))
         gain = shares[:, turn] * (1.0 if first_sweep else self.smoothing)
         self._projected = projected + (along_basis - projected @ probed.T) @ gain.T
@@ -196,7 +195,7 @@ class TrackedSubspace:
         turn = self._rotation.to(self._vectors)
         scaled = self._values[:, None].to(turn) * turn
         squares = torch.zeros(self.order, dtype=torch.float64, device=turn.device)
-        for X, Z in self._chunks(self._vectors, self._responses):
+        for X, Z in column_chunks(self._vectors, self._responses):
             errors = torch.addmm(turn @ Z, scaled, X, alpha=-1.0)
             squares += torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).square()
         return self._total(squares.cpu()).sqrt()
@@ -310,7 +309,7 @@ class TrackedSubspace:
             setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
         small = {name: state[name] for name in ("mixture", "values", "variances", "corrections", "changes", "averaged")}
         small["rotation"] = state["rotation"] if turned else torch.eye(self.order)
-        small["projected"] = state["projected"] if turned else self._products((self._vectors,), (self._responses,))
+        small["projected"] = state["projected"] if turned else self._products(self._vectors, self._responses)
         for name, value in small.items():
             setattr(self, f"_{name}", value.to(dtype=torch.float64, device="cpu", copy=True))
 
@@ -324,37 +323,23 @@ class TrackedSubspace:
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._columns is None else self._columns.total(sums)
 
-    def _products(self, rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-        """Of all rows with all others, one below the other and side by side, summed over the columns at once."""
-        sums = []
-        for chunks in self._chunks(*rows, *others):
-            left = torch.cat(chunks[: len(rows)]).double()
-            right = torch.cat(chunks[len(rows) :]).double() if others is not rows else left
-            sums.append(left @ right.T)
-        return self._total(torch.stack(sums).sum(dim=0).cpu())
-
-    def _gram(self, rows: Tensor) -> Tensor:
-        both = (rows,)
-        return self._products(both, both)
-
-    def _chunks(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Some columns of all after the others; there is at least one chunk, though it may be empty."""
-        width = at_a_time(CHUNK, rows[0].device)
-        return zip(*(torch.split(one, width, dim=1) for one in rows), strict=True)
+    def _products(self, rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Tensor:
+        """See `inner_products`; summed over the columns of all processes at once."""
+        return self._total(inner_products(rows, others))
 
     def _take_in(self, responses: Tensor, probed: Tensor, gain: Tensor) -> None:
         """Change the responses of the basis, in place, by the innovations of what was probed."""
         gain, probed = gain.to(responses), probed.to(responses)
-        for Z, new in self._chunks(self._responses, responses):
+        for Z, new in column_chunks(self._responses, responses):
             Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0))
 
     def _model(self, q: Tensor, into: Tensor) -> Tensor:
         """`A q` for rows q, `(k, N)`, which is written to memory of their shape; the products of the basis with q."""
         order = self.order
-        products = self._products((q,), (self._vectors, self._responses))
+        products = self._products(q, (self._vectors, self._responses))
         coordinates, across = products[:, :order], products[:, order:] - products[:, :order] @ self._projected
         on_responses, on_vectors = coordinates.to(q), across.to(q)
-        for target, X, Z in self._chunks(into, self._vectors, self._responses):
+        for target, X, Z in column_chunks(into, self._vectors, self._responses):
             target.copy_(torch.addmm(on_responses @ Z, on_vectors, X))
         return coordinates.T
 
@@ -408,9 +393,9 @@ class TrackedSubspace:
         if self._turned is None:
             turn = self._rotation.to(self._vectors)
             rows = turn @ self._responses
-            longest = float(self._gram(rows).diagonal().max().sqrt())
+            longest = float(self._products(rows, rows).diagonal().max().sqrt())
             # A pair without response keeps its direction: QR would complete with coordinate axes, always the same ones.
-            for new, X in self._chunks(rows, self._vectors):
+            for new, X in column_chunks(rows, self._vectors):
                 new.copy_(torch.addmm(new, 1e-7 * turn, X, beta=1.0 / longest) if longest else turn @ X)
             self._turned = self._orthonormal(rows)
         return self._turned
@@ -421,15 +406,15 @@ class TrackedSubspace:
         # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
         eye = torch.eye(len(rows), dtype=torch.float64)
         for _ in range(_ROUNDS):
-            gram = self._gram(rows)
+            gram = self._products(rows, rows)
             if float((gram - eye).abs().max()) < _ORTHONORMAL:
                 break
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
             lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + _SHIFT * eye)
             turn = torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False)
             turn = turn.to(rows)
-            for some in self._chunks(rows):
-                some[0].copy_(turn @ some[0])
+            for (some,) in column_chunks(rows):
+                some.copy_(turn @ some)
         return rows
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ BUCKET_BYTES = 25 << 20
 """Of a bucket, as in DistributedDataParallel: large enough for the bandwidth, small enough to overlap."""
 _FIRST_BUCKET_BYTES = 1 << 20
 """Of the first bucket: communication starts early in the backward pass."""
+
+
+def sharded_by_rows(parameter: Tensor) -> bool:
+    """Whether a parameter is sharded along its first dimension, and in one way only.
+
+    Args:
+        parameter: a tensor or a DTensor.
+
+    Returns:
+        False for what is not sharded.
+    """
+    placements: tuple[Any, ...] = getattr(parameter, "placements", ())
+    return len(placements) == 1 and bool(placements[0].is_shard(0))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,37 +8,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton.topology.random_state import RandomState
-from replica_newton.topology.simulated import Buffers, Criterion, backward, snapshot, write_back
+from replica_newton.topology.simulated import BatchClosure, backward, snapshot, write_back
 
 if TYPE_CHECKING:
     from replica_newton.topology.processes import Processes
 
 
-class LocalClosure:
+class LocalClosure(BatchClosure):
     """One replica's shard of a global batch. Made by `Processes.closure`.
 
     Called without arguments it leaves the gradient of the shard in `.grad` and returns the loss.
     """
 
-    def __init__(
-        self,
-        topology: "Processes",
-        module: nn.Module,
-        criterion: Criterion,
-        inputs: tuple[Tensor, ...],
-        targets: Tensor,
-    ) -> None:
-        self._topology = topology
-        self._module = module
-        self._criterion = criterion
-        self._samples = (*inputs, targets)
-        self._before: Buffers = []
-        self.samples_evaluated = 0
-
-    @property
-    def replicas(self) -> int:
-        """M, the number of shards of the batch."""
-        return self._topology.replicas
+    _topology: "Processes"
 
     @property
     def samples(self) -> int:
@@ -79,10 +61,6 @@ class LocalClosure:
             loss = self._backward(samples)
         write_back(before)
         return loss
-
-    def restore(self) -> None:
-        """Put the module's buffers back to where they were before the last evaluation."""
-        write_back(self._before)
 
     def _backward(self, samples: tuple[Tensor, ...]) -> Tensor:
         # A DistributedDataParallel module would average the gradients, and with them the differences away.

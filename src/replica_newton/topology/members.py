@@ -9,9 +9,11 @@ class LastingMembers:
     """The part of `Topology` that is about members who come and go, where none do.
 
     Attributes:
+        replicas: M.
         steps: steps asked for so far, taken or given up.
     """
 
+    replicas: int
     steps = 0
 
     def together(self, call: Callable[[], bool], meet: Callable[[], None]) -> None:  # noqa: ARG002

@@ -4,7 +4,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from replica_newton.topology.buckets import (
     Workspace,
     joined,
     local,
+    sharded_by_rows,
     write,
 )
 from replica_newton.topology.collectives import Collectives
@@ -27,11 +27,7 @@ from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.local_closure import LocalClosure
 from replica_newton.topology.members import LastingMembers
-from replica_newton.topology.simulated import (
-    Criterion,
-    Data,
-    ReplicaGradients,
-)
+from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients
 
 DEFAULT_TIMEOUT = 300.0
 _IN_FLIGHT = 2
@@ -145,7 +141,7 @@ class Processes(LastingMembers):
         Returns:
             The closure.
         """
-        return LocalClosure(self, module, criterion, inputs if isinstance(inputs, tuple) else (inputs,), targets)
+        return LocalClosure(self, module, criterion, (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets))
 
     @property
     def is_worker(self) -> bool:
@@ -285,7 +281,7 @@ class Processes(LastingMembers):
     ) -> Iterator[tuple[Bucket, Tensor]]:
         """Every bucket of the local row as it arrives; `columns` writes what is held of a bucket into memory."""
         travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
-        holds = self._all.rank in self._holders
+        holds, nothing = self._all.rank in self._holders, like.new_empty(0, dtype=self._buckets.dtype)
 
         def arrived() -> tuple[Bucket, Tensor]:
             bucket, wait = travelling.popleft()
@@ -293,7 +289,6 @@ class Processes(LastingMembers):
 
         for bucket in self._buckets:
             memory = partial(self._memory, workspace, like.device, bucket)
-            nothing = like.new_empty(0, dtype=self._buckets.dtype)
             sent = columns(bucket.columns, memory("columns", self.replicas)) if holds else nothing
             started = self._all.start_exchange(
                 sent, self._holders, self._workers, bucket.width, phase, partial(memory, "row")
@@ -429,7 +424,7 @@ class Processes(LastingMembers):
         counts = [local(parameter).numel() for parameter in parameters]
         table[everyone.rank] = torch.tensor([self._all.rank, self._across.rank, *counts], dtype=torch.float64)
         rows = [list(map(int, row)) for row in everyone.sum(table, "shards").tolist()]
-        if not all(map(_by_rows, parameters)):
+        if not all(map(sharded_by_rows, parameters)):
             raise ValueError("rule='metric' needs every parameter sharded along its first dimension")
 
         def cut(local_sizes: Sequence[int]) -> Buckets:
@@ -498,9 +493,3 @@ class Processes(LastingMembers):
         Args:
             buffers: of the same shapes in all processes.
         """
-
-
-def _by_rows(parameter: Tensor) -> bool:
-    """Whether a parameter is sharded along its first dimension, and in one way only."""
-    placements: tuple[Any, ...] = getattr(parameter, "placements", ())
-    return len(placements) == 1 and bool(placements[0].is_shard(0))

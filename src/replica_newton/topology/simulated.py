@@ -311,7 +311,40 @@ def write_back(buffers: Buffers) -> None:
             buffer.copy_(values)
 
 
-class ReplicaClosure:
+class BatchClosure:
+    """A batch with what it is evaluated by, and where: what closures of all topologies have.
+
+    Args:
+        topology: where the replicas live.
+        module: the model.
+        criterion: loss of (outputs, targets), a mean over samples.
+        samples: inputs and targets that are here.
+
+    Attributes:
+        samples_evaluated: samples whose gradient has been computed so far, at whatever point.
+    """
+
+    def __init__(
+        self, topology: LastingMembers, module: nn.Module, criterion: Criterion, samples: tuple[Tensor, ...]
+    ) -> None:
+        self._topology = topology
+        self._module = module
+        self._criterion = criterion
+        self._samples = samples
+        self._before: Buffers = []
+        self.samples_evaluated = 0
+
+    @property
+    def replicas(self) -> int:
+        """M, the number of shards of the batch."""
+        return self._topology.replicas
+
+    def restore(self) -> None:
+        """Put the module's buffers back to where they were before the last evaluation on own shards."""
+        write_back(self._before)
+
+
+class ReplicaClosure(BatchClosure):
     """One global batch, to be evaluated at the shared parameters or by M replicas at M points.
 
     Made by `Simulated.closure`. Called without arguments it does what `torch.optim` expects of a closure: the
@@ -320,6 +353,8 @@ class ReplicaClosure:
     Attributes:
         samples_evaluated: samples whose gradient has been computed so far, at whatever point.
     """
+
+    _topology: Simulated
 
     def __init__(
         self, topology: Simulated, module: nn.Module, criterion: Criterion, inputs: tuple[Tensor, ...], targets: Tensor
@@ -330,18 +365,8 @@ class ReplicaClosure:
         self._size = sizes.pop()
         if self._size == 0 or self._size % topology.replicas:
             raise ValueError(f"replicas={topology.replicas} must divide the batch of {self._size} samples")
-        self._topology = topology
-        self._module = module
-        self._criterion = criterion
-        self._samples = (*inputs, targets)
-        self._before: Buffers = []
+        super().__init__(topology, module, criterion, (*inputs, targets))
         self._random_state = RandomState(())
-        self.samples_evaluated = 0
-
-    @property
-    def replicas(self) -> int:
-        """M, the number of shards of the batch."""
-        return self._topology.replicas
 
     @property
     def samples(self) -> int:
@@ -424,10 +449,6 @@ class ReplicaClosure:
         return self._topology.evaluate(
             self._module, self._loss, stacked, shards if data == "own" else tuple(rows[0] for rows in shards), data=data
         )
-
-    def restore(self) -> None:
-        """Put the module's buffers back to where they were before the last evaluation on own shards."""
-        write_back(self._before)
 
     def _loss(self, state: dict[str, Tensor], *samples: Tensor) -> Tensor:
         *inputs, targets = samples
