@@ -23,6 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (("--task", "mnist-relu", "--method", "sgd", "--data", "missing.npz"), "missing.npz"),
         (("--seeds", 0), "Invalid value for '--seeds'"),
         (("--task", "digits-mlp", "--method", "sgd", "--out", "file"), "file must be a folder, got a file"),
+        (("--data", "nowhere", "--out", "out"), "data must be in a file or folder that is there, got nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -39,7 +39,8 @@ def open_benchmark(
         The benchmark, and the folder of the page.
 
     Raises:
-        RunError: if there is no such task or method, a package is missing, or the folder is a file.
+        RunError: if there is no such task or method, a package is missing, the folder is a file, or the data are
+            nowhere.
     """
     chosen_tasks, chosen_methods = _names(tasks, list(TASKS)), _names(methods, list(METHODS))
     for name in chosen_tasks:
@@ -60,6 +61,8 @@ def open_benchmark(
     folder = out or (Path("docs") if whole else WORK / ("benchmark-quick" if quick else "benchmark"))
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} must be a folder, got a file")
+    if data is not None and not data.exists():
+        raise RunError(f"data must be in a file or folder that is there, got {data}")
     return Benchmark(plan, data, folder / PLACE / SUMMARY, workers), folder
 
 
