@@ -35,9 +35,8 @@ def test_products_and_sums_are_those_of_the_differences(monkeypatch, M: int, N: 
     assert found.squared_displacements() == pytest.approx(float(both[:n].square().sum()))
     assert found.parted() == (both[:n].numel() > 0)
     torch.testing.assert_close(found.combine(weights), weights @ both, **close)
-    memory = torch.full((N,), torch.nan, dtype=F64)
-    assert found.combine(weights[0], memory) is memory
-    torch.testing.assert_close(memory, weights[0] @ both, **close)
+    some = slice(N // 3, N - N // 4)
+    torch.testing.assert_close(found.combine(weights[0], some), (weights[0] @ both)[some], **close)
 
 
 def test_differences_of_fp32_are_those_of_fp32_summed_in_fp64() -> None:

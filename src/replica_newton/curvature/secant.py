@@ -231,23 +231,38 @@ class SecantCurvature:
             TypeError: if `z` is not a dense real floating-point tensor.
             ValueError: if the last dimension of `z` is not N, or z is not one- or two-dimensional.
         """
-        on_differences = -self._dots(z) @ self._inverse_gram
+        on_differences = -self._weights(z)
         alpha = torch.cat((-on_differences.sum(dim=-1, keepdim=True), on_differences), dim=-1)
         return alpha, (self.damping - 1.0) * alpha
 
-    def inverse_hvp(self, z: Tensor, *, memory: Tensor | None = None) -> Tensor:
+    def inverse_hvp(self, z: Tensor) -> Tensor:
         """Inverse-Hessian product `Ĥ⁻¹ z = z_⊥ + Σ_i (u_iᵀ z) W v_i / σ_i`.
 
         Args:
             z: `(N,)` or `(k, N)` vectors.
-            memory: of the shape and dtype of the product, which it is written to; None for new one.
 
         Returns:
             The product, of the shape of `z`, in fp32 (fp64 if W, G or z is).
         """
-        weights = self._dots(z) @ self._inverse_gram
-        change = self._combine((1.0 - self.damping) * weights, -weights, memory)
-        return change.to(working_dtype(change, z)).add_(z.detach())
+        return self.inverse_hvp_by_columns(z)(slice(0, self._differences.elements))
+
+    def inverse_hvp_by_columns(self, z: Tensor) -> Callable[[slice], Tensor]:
+        """What gives `Ĥ⁻¹ z` a few columns at a time, for who does more with them while they are in the cache.
+
+        Args:
+            z: `(N,)` or `(k, N)` vectors.
+
+        Returns:
+            Of a slice of columns, with a start and a stop, these columns of `inverse_hvp`; good as long as W and G are.
+        """
+        weights = self._weights(z)
+        both = torch.cat(((1.0 - self.damping) * weights, -weights), dim=-1)
+
+        def columns(some: slice) -> Tensor:
+            change = self._differences.combine(both, some)
+            return change.to(working_dtype(change, z)).add_(z.detach()[..., some])
+
+        return columns
 
     def squared_decrement(self, z: Tensor) -> float:
         """Squared Newton decrement `zᵀ Ĥ⁻¹ z`: to first order, what a step `−Ĥ⁻¹ z` at a gradient z gains.
@@ -265,7 +280,7 @@ class SecantCurvature:
             products = torch.cat((dots, inner_products(rows, rows)), dim=1)[0]
             products = products if self._total is None else self._total(products)
         on_W, on_G, square = torch.split(products, [self.replicas - 1, self.replicas - 1, 1])
-        weights = (on_G + self.damping * on_W) @ self._inverse_gram
+        weights = self._vector_weights if z is self._vector else (on_G + self.damping * on_W) @ self._inverse_gram
         return float(square[0] + weights @ ((1.0 - self.damping) * on_W - on_G))
 
     def hvp(self, z: Tensor) -> Tensor:
@@ -329,24 +344,31 @@ class SecantCurvature:
         """LeCun's optimal rate `1/max|θ|`, in units of the Hessian's inverse; infinite when no θ differs from zero."""
         return _reciprocal_of_largest(self.ritz_pairs.values)
 
+    def _weights(self, z: Tensor) -> Tensor:
+        """`V Σ⁻² Vᵀ G z` without the first replica, `(M−1,)` or `(k, M−1)`, of the (damped) G."""
+        return self._vector_weights if z is self._vector else self._dots(z) @ self._inverse_gram
+
+    @cached_property
+    def _vector_weights(self) -> Tensor:
+        """These of the vector that was given."""
+        on_W, on_G = torch.split(self._vector_products[0, :-1], self.replicas - 1)
+        return (on_G + self.damping * on_W) @ self._inverse_gram
+
     def _dots(self, z: Tensor) -> Tensor:
         """Inner products of z with the rows of the (damped) G but the first, `(M−1,)` or `(k, M−1)` in fp64."""
         M, N = self.replicas, self._differences.elements
         check_floating("z", z)
         if z.dim() not in (1, 2) or z.shape[-1] != N:
             raise ValueError(f"z must have shape (N,) or (k, N) with {N=}, got {tuple(z.shape)}")
-        if z is self._vector:
-            on_W, on_G = torch.split(self._vector_products[0, :-1], M - 1)
-            return on_G + self.damping * on_W
         vectors = z.detach() if z.dim() == 2 else z.detach()[None]
         dots = self._differences.dots(vectors, "G")
         if self.damping:
             dots += self.damping * self._differences.dots(vectors, "W")
         return (dots if self._total is None else self._total(dots)).reshape(*z.shape[:-1], M - 1)
 
-    def _combine(self, on_W: Tensor, on_G: Tensor, memory: Tensor | None = None) -> Tensor:
+    def _combine(self, on_W: Tensor, on_G: Tensor) -> Tensor:
         """Differences in W and in G to the first replica, summed with weights `(M−1,)` or `(k, M−1)`."""
-        return self._differences.combine(torch.cat((on_W, on_G), dim=-1), memory)
+        return self._differences.combine(torch.cat((on_W, on_G), dim=-1))
 
 
 @cache

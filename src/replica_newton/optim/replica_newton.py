@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from replica_newton.curvature import SecantCurvature, saddle_free_inverse_hvp
 from replica_newton.curvature.gram import working_dtype
 from replica_newton.curvature.secant import DEFAULT_RTOL
+from replica_newton.optim.advance import Advance
 from replica_newton.optim.calls import Nonfinite, flat
 from replica_newton.optim.closures import given_gradients
 from replica_newton.optim.evaluation import NO_MEMORY, Evaluation, StepMemory
@@ -24,6 +25,7 @@ from replica_newton.topology import Simulated, Topology
 from replica_newton.topology.buckets import local
 from replica_newton.topology.processes import Processes
 from replica_newton.topology.simulated import Data
+from replica_newton.topology.standing import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -239,18 +241,21 @@ class ReplicaNewton(MetricCalls):
         if self.max_norm is not None:
             # Shorter rates are shorter gradients for all but the secants.
             rates = rates * _clipping(evaluation.report.norm, self.max_norm)
-        if closure is None:
-            self._settle(parameters, _moved(shared, kept, mean, rates, memory.shared), W)
-            return
-        step = self.state[parameters[0]].get("step", 0)
-        direction = self._direction(mean, rates, memory.shared)
-        moved = _moved(shared, kept, direction, rates, memory.shared)
-        parted = self.spread.displacements(
-            evaluation.gradients, rates, step, **self._columns(parameters, mean, memory.displacements)
-        )
-        if self.topology.distributed:
+        step = None if closure is None else self.state[parameters[0]].get("step", 0)
+        direction = self._direction(mean, rates)
+        parted = _stay if step is None else self._parted(parameters, evaluation, rates, step)
+        if step is not None and self.topology.distributed:
             self._memory = StepMemory(W, evaluation.gradients, mean, shared)
-        self._settle(parameters, moved, parted, step + 1)
+        advance = Advance(
+            Standing(shared, W),
+            direction,
+            parted,
+            rates=rates,
+            kept=kept,
+            shared=memory.shared,
+            displacements=W if step is None else memory.displacements,
+        )
+        self._settle(parameters, advance, None if step is None else step + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """State of `torch.optim.Optimizer.state_dict`, with how often steps fell back or were skipped."""
@@ -304,7 +309,7 @@ class ReplicaNewton(MetricCalls):
             return shared, shared.new_zeros(topology.replicas, len(shared))
         shared, W = state["shared"], state["displacements"]
         if self._together:
-            topology.place(parameters, shared, W)
+            topology.place(parameters, Standing(shared, W))
             self._together = False
         return shared, W
 
@@ -327,26 +332,42 @@ class ReplicaNewton(MetricCalls):
         if isinstance(self.topology, Processes):
             self.topology.release()
 
-    def _columns(self, parameters: list[Tensor], mean: Tensor, memory: Tensor | None) -> dict[str, Held]:
-        """Argument of a spread: which columns this process holds. None for all: a spread of a user need not know it."""
-        if not self.topology.distributed:
-            return {}
+    def _parted(
+        self, parameters: list[Tensor], evaluation: Evaluation, rates: Tensor | float, step: int
+    ) -> Callable[[slice, Tensor], Tensor]:
+        """Some columns of the displacements that the spread makes of the gradients, all at once if it needs them so."""
+        gradients, mean = evaluation.gradients, evaluation.mean
         elements = sum(local(parameter).numel() for parameter in parameters)
-        return {"held": Held(elements, self.topology, mean, memory)}
 
-    def _settle(self, parameters: list[Tensor], shared: Tensor, W: Tensor, step: int | None = None) -> None:
-        """Move all to new shared parameters and displacements, and keep them."""
+        def columns(some: slice, memory: Tensor) -> Tensor:
+            own = rates[some] if isinstance(rates, Tensor) else rates
+            held = Held(elements, self.topology, mean[some], memory)
+            return self.spread.displacements(gradients[:, some], own, step, held)
+
+        if isinstance(self.spread, LocalStep):
+            return columns
+        # A spread of a user need not know of columns: it is never asked for some.
+        held = {"held": Held(elements, self.topology, mean)} if self.topology.distributed else {}
+        everything = self.spread.displacements(gradients, rates, step, **held)
+        return lambda some, _: everything[:, some]
+
+    def _settle(self, parameters: list[Tensor], advance: Advance, step: int | None) -> None:
+        """Move all to where the step leads, and keep that."""
         self.topology.prepared(self._undo(parameters), stepped=True)
         if self.topology.distributed:
-            buckets = self.topology.lay_out(parameters)
-            self.state[parameters[0]] |= {"displacements": W, "shared": shared, "buckets": buckets}
+            own = {"displacements": advance.displacements, "shared": advance.shared}
+            self.state[parameters[0]] |= own | {"buckets": self.topology.lay_out(parameters)}
         else:
-            self._part(parameters, W)
+            advance.finish()
+            self._part(parameters, advance.displacements)
         if step is not None:
             for parameter in parameters:
                 self.state[parameter]["step"] = step
         self._settled()
-        self.topology.place(parameters, shared, W)
+        try:
+            self.topology.place(parameters, advance)
+        finally:
+            advance.finish()  # also if somebody is lost meanwhile: the others go on from it
 
     def _observe(
         self, closure: Callable[[], Tensor], parameters: list[Tensor], W: Tensor, evaluation: Evaluation
@@ -368,31 +389,35 @@ class ReplicaNewton(MetricCalls):
         curvature = SecantCurvature(W, secants.gradients, rtol=self.rtol, damping=self.damping, **options)
         return curvature if curvature.parted else None
 
-    def _direction(self, mean_gradient: Tensor, rates: Tensor | float, memory: Tensor | None) -> Tensor:
-        """What the rule makes of the mean gradient, or the gradient itself where that would not descend."""
+    def _direction(self, mean_gradient: Tensor, rates: Tensor | float) -> Callable[[slice], Tensor]:
+        """Columns of what the rule makes of the mean gradient, or of the gradient where that would not descend."""
         curvature = self.curvature
         if curvature is None:
-            return mean_gradient
-        if self.rule == "paper":
-            direction = curvature.inverse_hvp(mean_gradient, memory=memory)
-        else:
-            direction = saddle_free_inverse_hvp(
-                curvature.eigenvalues,
-                curvature.eigenvectors,
-                mean_gradient,
-                damping=self.damping,
-                rtol=self.rtol,
-                total=self.topology.total,
-            )
+            return mean_gradient.__getitem__
         if self.topology.distributed and self.rule == "paper" and not isinstance(rates, Tensor):
+            direction = curvature.inverse_hvp_by_columns(mean_gradient)
             descent = curvature.squared_decrement(mean_gradient)
         else:
-            weighted = direction * rates if isinstance(rates, Tensor) else direction
+            whole = self._whole_direction(curvature, mean_gradient)
+            weighted = whole * rates if isinstance(rates, Tensor) else whole
+            direction = whole.__getitem__
             descent = float(self.topology.total((weighted @ mean_gradient).double().cpu()))
         if descent > 0.0:
             return direction
         self.fallbacks += 1
-        return mean_gradient
+        return mean_gradient.__getitem__
+
+    def _whole_direction(self, curvature: SecantCurvature, mean_gradient: Tensor) -> Tensor:
+        if self.rule == "paper":
+            return curvature.inverse_hvp(mean_gradient)
+        return saddle_free_inverse_hvp(
+            curvature.eigenvalues,
+            curvature.eigenvectors,
+            mean_gradient,
+            damping=self.damping,
+            rtol=self.rtol,
+            total=self.topology.total,
+        )
 
     def _part(self, parameters: list[Tensor], displacements: Tensor) -> None:
         """Keep the displacements by parameter, so that checkpoints follow the parameters."""
@@ -430,12 +455,6 @@ def _clipping(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-def _moved(
-    shared: Tensor, kept: Tensor | float, direction: Tensor, rates: Tensor | float, memory: Tensor | None = None
-) -> Tensor:
-    """`(1 − α λ) w − α d`, in one pass where there is no decay; d may be in the memory that the result goes to."""
-    if isinstance(kept, Tensor) or kept != 1.0:
-        shared = shared * kept
-    if isinstance(rates, Tensor):
-        return torch.addcmul(shared, rates, direction, value=-1, out=memory)
-    return torch.add(shared, direction, alpha=-rates, out=memory)
+def _stay(columns: slice, displacements: Tensor) -> Tensor:  # noqa: ARG001
+    """What stays of displacements that no step parts anew: all."""
+    return displacements

@@ -28,6 +28,7 @@ from replica_newton.topology.layout import Layout
 from replica_newton.topology.local_closure import LocalClosure
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.simulated import Criterion, Data, ReplicaGradients
+from replica_newton.topology.standing import Standing
 
 DEFAULT_TIMEOUT = 300.0
 _IN_FLIGHT = 2
@@ -221,19 +222,14 @@ class Processes(LastingMembers):
         finally:
             self._postponed = before
 
-    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:
+    def place(self, parameters: Sequence[Tensor], standing: Standing) -> None:
         """Move the module of every worker to where its replica stands.
 
         Args:
             parameters: of the module.
-            shared: `(n,)` columns of the parameters that all share.
-            displacements: `(M, n)` columns.
+            standing: columns of it, which are asked for in their order.
         """
-
-        def points(columns: slice, memory: Tensor) -> Tensor:
-            return torch.add(shared[columns], displacements[:, columns], out=memory.view(self.replicas, -1))
-
-        for bucket, point in self._arriving(points, "points", shared, self._workspace):
+        for bucket, point in self._arriving(standing.points, "points", standing.shared, self._workspace):
             if self.is_worker:
                 write(parameters[bucket.parameters], point)
 

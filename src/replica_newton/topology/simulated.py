@@ -14,6 +14,7 @@ from replica_newton.topology.buckets import write
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.members import LastingMembers
 from replica_newton.topology.random_state import RandomState
+from replica_newton.topology.standing import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,9 @@ class Simulated(LastingMembers):
         """Where the replicas stand; see `Topology`."""
         return displacements + parameters.to(displacements.dtype)
 
-    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:  # noqa: ARG002
+    def place(self, parameters: Sequence[Tensor], standing: Standing) -> None:
         """The module stands at the shared parameters; see `Topology`."""
-        write(parameters, shared)
+        write(parameters, standing.shared)
 
     def gradients(
         self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], displacements: Tensor, data: Data

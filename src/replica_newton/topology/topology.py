@@ -7,6 +7,7 @@ from torch import Tensor
 
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.simulated import Data, ReplicaGradients
+from replica_newton.topology.standing import Standing
 
 
 class Topology(Protocol):
@@ -48,8 +49,8 @@ class Topology(Protocol):
     steps: int
     """Steps asked for so far, taken or given up."""
 
-    def place(self, parameters: Sequence[Tensor], shared: Tensor, displacements: Tensor) -> None:
-        """Write the module's parameters, from columns `(n,)` of those all share and `(M, n)` displacements."""
+    def place(self, parameters: Sequence[Tensor], standing: Standing) -> None:
+        """Write the module's parameters, from where its replica stands."""
         ...
 
     def gradients(
