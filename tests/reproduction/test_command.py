@@ -30,8 +30,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     ("arguments", "message"),
     [
         (("--dataset", "digits"), "the data set must be one of mnist, cifar10, got 'digits'"),
-        (("--dataset", "mnist", "--data", "missing.npz"), "missing.npz"),
-        (("--workers", 0), "Invalid value for '--workers'"),
+        (("--dataset", "mnist", "--data", "missing.npz"), "that is there, got missing.npz"),
+        (("--workers", 0), "greater than or equal to 1, got 0"),
         (("--dataset", "mnist", "--out", "file"), "file must be a folder, got a file"),
     ],
 )

@@ -9,7 +9,7 @@ from replica_newton.benchmark.plan import FULL, QUICK, Plan
 from replica_newton.benchmark.results import check_data, load_records
 from replica_newton.benchmark.study import Benchmark
 from replica_newton.benchmark.tasks import TASKS
-from replica_newton.training.run import RunError
+from replica_newton.training.run import RunError, check_places
 
 WORK = Path("runs")
 
@@ -59,10 +59,7 @@ def open_benchmark(
         plan = replace(plan, extent=replace(plan.extent, seeds=seeds, own_seeds=seeds))
     whole = tasks is None and methods is None and not quick
     folder = out or (Path("docs") if whole else WORK / ("benchmark-quick" if quick else "benchmark"))
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} must be a folder, got a file")
-    if data is not None and not data.exists():
-        raise RunError(f"data must be in a file or folder that is there, got {data}")
+    check_places(folder, data)
     return Benchmark(plan, data, folder / PLACE / SUMMARY, workers), folder
 
 

@@ -33,7 +33,8 @@ def main() -> None:
         message = error.format_message()
         if not message:  # no command at all: the help has been shown
             sys.exit(USAGE_ERROR)
-        _fail(message)
+        refused: list[Any] = getattr(error.__cause__, "errors", list)()  # of pydantic, which often names the rule alone
+        _fail(", got ".join([message, *(one["input"] for one in refused if repr(one["input"]) not in message)]))
     except (RunError, DataError, CheckpointError, TopologyError, OSError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

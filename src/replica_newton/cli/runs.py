@@ -44,7 +44,7 @@ from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import load_dataset
 from replica_newton.training.loop import train as train_run
 from replica_newton.training.methods import METHODS
-from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, load_run
+from replica_newton.training.run import METRICS, RunConfig, RunError, RunState, check_places, load_run
 
 Number = TypeVar("Number", int, float)
 
@@ -125,8 +125,7 @@ def train(
     where = "" if topology is Where.simulated else f"-{topology}"
     name = f"{dataset}-{method}-M{config.replicas}-rate{config.learning_rate:g}-seed{seed}{where}"
     folder = out or Path("runs") / name
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} must be a folder, got a file")
+    check_places(folder)
     if monitor is not None and topology is Where.server:
         raise RunError(f"monitor must go with --topology simulated or tree, got {topology}")
     check_trackers(tracker or [])

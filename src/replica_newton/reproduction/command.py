@@ -8,7 +8,7 @@ from replica_newton.reproduction.page import SUMMARY
 from replica_newton.reproduction.plan import Plan
 from replica_newton.reproduction.study import Study
 from replica_newton.training.datasets import load_dataset
-from replica_newton.training.run import RunError
+from replica_newton.training.run import RunError, check_places
 
 WORK = Path("runs")
 
@@ -29,14 +29,13 @@ def open_study(
         The study, and the folder of the page.
 
     Raises:
-        RunError: if there is no such data set, or the folder is a file.
+        RunError: if there is no such data set, the folder is a file, or the data are nowhere.
     """
     if dataset is not None and dataset not in TRAIN_SAMPLES:
         raise RunError(f"the data set must be one of {', '.join(TRAIN_SAMPLES)}, got {dataset!r}")
     name = "-".join(["reproduction", *(["quick"] if quick else []), *([dataset] if dataset else [])])
     folder = out or (WORK / name if quick or dataset else Path("docs"))
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} must be a folder, got a file")
+    check_places(folder, data)
     datasets = (dataset,) if dataset else tuple(TRAIN_SAMPLES)
     study = Study(
         plan=Plan(datasets, QUICK if quick else FULL),

@@ -12,7 +12,7 @@ from replica_newton.training.datasets import Dataset
 from replica_newton.training.loop import Observer, train
 from replica_newton.training.methods import METHODS
 from replica_newton.training.models import reference_convnet
-from replica_newton.training.run import RunConfig, RunError, RunState, load_run
+from replica_newton.training.run import RunConfig, RunError, RunState, check_places, load_run
 
 RUNS = "runs"
 SUMMARY = "summary.json"
@@ -166,8 +166,7 @@ class Comparison:
 
 def _read_task(folder: Path) -> dict[str, Any]:
     """The task of the runs in a folder; empty where there are none."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} must be a folder, got a file")
+    check_places(folder)
     path = folder / SUMMARY
     if not path.exists():
         return {}

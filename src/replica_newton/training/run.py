@@ -26,6 +26,22 @@ class RunError(ValueError):
     """A run that cannot be started or continued; the message names the rule and the value got."""
 
 
+def check_places(folder: Path, data: Path | None = None) -> None:
+    """Fail before anything is run where results or data have no place.
+
+    Args:
+        folder: of the results; it need not be there.
+        data: file or folder of the data, if one was named.
+
+    Raises:
+        RunError: if the folder is a file, or the data are nowhere.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} must be a folder, got a file")
+    if data is not None and not data.exists():
+        raise RunError(f"data must be in a file or folder that is there, got {data}")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings that determine a run, bit for bit on one CPU with one number of threads.
