@@ -62,3 +62,18 @@ def test_what_was_copied_does_not_change_with_its_source_and_what_was_not_can_be
     for call in (lambda: made.inverse_hvp(z), lambda: made.eigenvectors, lambda: made.left_singular_vectors):
         with pytest.raises(RuntimeError, match="those of a step that is over"):
             call()
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("copy", [True, False], ids=["kept", "made"])
+def test_the_product_by_columns_is_the_product_of_the_dense_inverse(copy: bool, damping: float) -> None:
+    W, G = rows(4, 20)
+    curvature = SecantCurvature(W, G, damping=damping, copy=copy, total=None if copy else torch.clone)
+    centred = (W - W.mean(dim=0)).T
+    U, sigma, V = torch.linalg.svd((G - G.mean(dim=0)).T + damping * centred, full_matrices=False)
+    U, sigma, V = U[:, :3], sigma[:3], V[:3]
+    inverse = torch.eye(20, dtype=F64) - U @ U.T + centred @ V.T @ torch.diag(1 / sigma) @ U.T
+    for z in (normal(20, seed=5), normal(2, 20, seed=6)):
+        columns = curvature.inverse_hvp_by_columns(z)
+        found = torch.cat([columns(slice(low, high)) for low, high in ((0, 1), (1, 12), (12, 12), (12, 20))], dim=-1)
+        torch.testing.assert_close(found, z @ inverse.T, rtol=1e-9, atol=1e-9)

@@ -38,6 +38,7 @@ class Differences:
         self._sources = {"W": W.detach(), "G": G.detach()}
         self._kept: Tensor | None = None
         self._in_fp64: Tensor | None = None
+        self._memory = torch.empty(0)  # for a few columns of all rows, used again: who asks for few asks often
         if copy:
             self._kept = torch.empty(self._count("both"), self.elements, dtype=self.dtype, device=self.device)
             self._make("both", slice(0, self.elements), self._kept)
@@ -147,7 +148,9 @@ class Differences:
             return
         count = self._count(which) + len(vectors)
         width = max(1, min(some.stop - some.start, at_a_time(_CHUNK, self.device) // max(count, 1)))
-        memory = torch.empty(count, width, dtype=dtype, device=self.device)
+        if self._memory.numel() < count * width or self._memory.dtype != dtype:
+            self._memory = torch.empty(count * width, dtype=dtype, device=self.device)
+        memory = self._memory[: count * width].view(count, width)
         for start in range(some.start, max(some.stop, some.start + 1), width):
             columns = slice(start, min(start + width, some.stop))
             rows = memory[:, : columns.stop - start]

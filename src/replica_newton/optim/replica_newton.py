@@ -242,7 +242,7 @@ class ReplicaNewton(MetricCalls):
             # Shorter rates are shorter gradients for all but the secants.
             rates = rates * _clipping(evaluation.report.norm, self.max_norm)
         step = None if closure is None else self.state[parameters[0]].get("step", 0)
-        direction = self._direction(mean, rates)
+        direction = mean.__getitem__ if step is None else self._direction(mean, rates)
         parted = _stay if step is None else self._parted(parameters, evaluation, rates, step)
         if step is not None and self.topology.distributed:
             self._memory = StepMemory(W, evaluation.gradients, mean, shared)
@@ -344,7 +344,7 @@ class ReplicaNewton(MetricCalls):
             held = Held(elements, self.topology, mean[some], memory)
             return self.spread.displacements(gradients[:, some], own, step, held)
 
-        if isinstance(self.spread, LocalStep):
+        if type(self.spread) is LocalStep:
             return columns
         # A spread of a user need not know of columns: it is never asked for some.
         held = {"held": Held(elements, self.topology, mean)} if self.topology.distributed else {}
