@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -237,9 +238,9 @@ def test_sharpness_is_known_from_secants_on_common_data(digits):
 
 
 def test_fallbacks_count_from_the_start_of_the_run(digits, tmp_path, monkeypatch):
-    def fall_back(optimizer: ReplicaNewton, gradient: Tensor, *_: object) -> Tensor:
+    def fall_back(optimizer: ReplicaNewton, gradient: Tensor, *_: object) -> Callable[[slice], Tensor]:
         optimizer.fallbacks += 1
-        return gradient
+        return gradient.__getitem__
 
     monkeypatch.setattr(ReplicaNewton, "_direction", fall_back)
     trained(config("paper"), digits, tmp_path)
