@@ -19,6 +19,28 @@ def test_inner_products_cover_every_chunk(columns: int) -> None:
     torch.testing.assert_close(inner_products(left, left), left @ left.T, rtol=1e-13, atol=1e-15 * columns)
 
 
+A, B, C, NONE = (normal(count, CHUNK + 3, seed=count) for count in (2, 3, 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ([A], [A, B, C]),
+        ([B, C], [A, B, C]),
+        ([A, C], [A, B, C]),
+        ([A, B], [B, A]),
+        ([A, A], [A]),
+        ([A], [B, C]),
+        ([NONE, A], [A]),
+        ([NONE], [A]),
+    ],
+)
+def test_inner_products_of_blocks_are_those_of_all_rows(left: list[Tensor], right: list[Tensor]) -> None:
+    expected = torch.cat(left) @ torch.cat(right).T
+    torch.testing.assert_close(inner_products(left, right), expected, rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(inner_products(right, left), expected.T, rtol=0.0, atol=1e-10)
+
+
 @pytest.mark.parametrize("position", [0, CHUNK - 1, CHUNK, 2 * CHUNK, LONG - 1])
 def test_inner_products_count_every_column_once(position: int) -> None:
     rows = torch.zeros(2, LONG)

@@ -83,8 +83,8 @@ def test_residuals_are_those_of_the_matrix_when_all_responses_are_its_own(sweeps
 
 
 def model(space: TrackedSubspace) -> Tensor:
-    A = torch.empty(N, N)
-    space._model(torch.eye(N), A)
+    A, on_vectors, on_responses = torch.empty(N, N), space._vectors.T.double(), space._responses.T.double()
+    space._model(on_vectors, on_responses - on_vectors @ space._projected, A)
     return A.to(F64)
 
 
@@ -310,6 +310,48 @@ def test_products_with_the_pairs_are_those_with_their_vectors(count: int):
     X = space.eigenvectors.to(F64)
     torch.testing.assert_close(space.coordinates(rows), X @ rows.T, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(space.combined(weights).to(F64), weights @ X, rtol=0.0, atol=1e-5)
+
+
+class Counted:
+    """Columns of one process, which has all, and how often it sums."""
+
+    def __init__(self) -> None:
+        self.sums = 0
+
+    def part(self, vector: Tensor) -> Tensor:
+        """All columns."""
+        return vector
+
+    def total(self, sums: Tensor) -> Tensor:
+        """A copy, as the sum of one share is."""
+        self.sums += 1
+        return 1.0 * sums
+
+
+@pytest.mark.parametrize("count", [3, ORDER])
+def test_a_look_sums_everything_at_once(count: int):
+    H, rows, numbers = symmetric(SPECTRUM, seed=0), normal(2, N, seed=8), torch.tensor([1.0, 2.0, 3.0]).double()
+    space, alone = TrackedSubspace(ORDER, N, columns=Counted()), TrackedSubspace(ORDER, N)
+    assert [part.shape for part in space.look(rows, numbers)] == [(0,), (0, 2), (3,)]
+    for _ in range(4):
+        probe(space, H, count)
+        probe(alone, H, count)
+        residuals, products, same = space.look(rows, numbers)
+        assert torch.equal(same, numbers)
+        assert torch.equal(products, alone.coordinates(rows))
+        assert torch.equal(residuals, alone.residuals)
+
+
+def test_a_probe_of_all_directions_waits_for_three_sums():
+    columns = Counted()
+    space = TrackedSubspace(ORDER, N, columns=columns, smoothing=0.5)
+    for step in range(30):
+        before = columns.sums
+        noise = 0.1 * normal(N, N, seed=step)
+        probe(space, symmetric(SPECTRUM, seed=0) + noise + noise.T)
+        space.look(torch.zeros(1, N), torch.zeros(1, dtype=F64))
+        # The next basis, the responses, the look; from random directions the basis takes another round.
+        assert columns.sums - before == 3 or step == 0
 
 
 @pytest.mark.parametrize("shape", [(ORDER, N + 1), (ORDER - 1, N)])

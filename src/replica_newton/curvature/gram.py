@@ -108,19 +108,36 @@ def inner_products(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Te
     Returns:
         `(a, b)` in fp64 on the CPU, where all M×M work is done.
     """
-    blocks = (rows,) if isinstance(rows, Tensor) else tuple(rows)
-    other_blocks = () if others is rows else (others,) if isinstance(others, Tensor) else tuple(others)
-    sizes = [sum(map(len, some)) for some in (blocks, other_blocks or blocks)]
-    total = torch.zeros(*sizes, dtype=torch.float64, device=blocks[0].device)
-    for chunks in column_chunks(*blocks, *other_blocks):
-        left = _in_fp64(chunks[: len(blocks)])
-        right = _in_fp64(chunks[len(blocks) :]) if other_blocks else left
-        total.addmm_(left, right.T)
+    left, right = ([some] if isinstance(some, Tensor) else list(some) for some in (rows, others))
+    a, b = (sum(map(len, some)) for some in (left, right))
+    # What is on both sides is converted once.
+    if (place := _place(right, left)) is not None:
+        blocks, first, second = left, 0, place
+    elif (place := _place(left, right)) is not None:
+        blocks, first, second = right, place, 0
+    else:
+        blocks, first, second = left + right, 0, a
+    device = blocks[0].device
+    total = torch.zeros(a, b, dtype=torch.float64, device=device)
+    if not total.numel():
+        return total.cpu()
+    memory = torch.empty(0, dtype=torch.float64, device=device)
+    for chunks in column_chunks(*blocks):
+        count, width = sum(map(len, chunks)), chunks[0].shape[1]
+        if memory.shape != (count, width):
+            memory = memory.new_empty(count, width)
+        for target, chunk in zip(torch.split(memory, [len(chunk) for chunk in chunks]), chunks, strict=True):
+            target.copy_(chunk)
+        total.addmm_(memory[first : first + a], memory[second : second + b].T)
     return total.cpu()
 
 
-def _in_fp64(chunks: Sequence[Tensor]) -> Tensor:
-    return (chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))).double()
+def _place(some: Sequence[Tensor], among: Sequence[Tensor]) -> int | None:
+    """Rows of a list of matrices that come before some of them, if these follow each other there."""
+    for start in range(len(among) - len(some) + 1):
+        if all(one is other for one, other in zip(some, among[start:], strict=False)):
+            return sum(map(len, among[:start]))
+    return None
 
 
 def unresolved(squares: Tensor, *, rtol: float, scale: float) -> int:

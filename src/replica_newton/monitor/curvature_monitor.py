@@ -220,7 +220,7 @@ class CurvatureMonitor:
         gradients, products = self._measure(losses, self._rows(displacements))
         if samples is not None:
             self.samples_evaluated += 2 * samples
-        base, responses = self._columns(gradients), self._columns(products)
+        base, responses = self._columns(gradients, products)
         if contraction is not None:
             responses = contraction * (responses + decay * displacements)
         try:
@@ -261,9 +261,9 @@ class CurvatureMonitor:
             return columns
         return self._processes.row(columns)[None]
 
-    def _columns(self, rows: Tensor) -> Tensor:
+    def _columns(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Columns of all rows that are to be here, from the rows of the replicas here."""
-        return rows if self._processes is None else self._processes.columns(rows[0])
+        return rows if self._processes is None else self._processes.columns(*(own[0] for own in rows))
 
     def _total(self, sums: Tensor) -> Tensor:
         return sums if self._processes is None else self._processes.total(sums)
@@ -285,13 +285,14 @@ class CurvatureMonitor:
         self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0, keepdim=True)
         deviations = (gradients - mean).double().square().sum().cpu()
-        sums = self.subspace.coordinates(mean)[:, 0], inner_products(mean, mean)[0], deviations[None]
-        *within, squared, scattered = self._total(torch.cat(sums)).tolist()
-        captured = sum(coordinate**2 for coordinate in within) / squared if squared > 0.0 else 0.0
+        numbers = torch.cat((inner_products(mean, mean)[0], deviations[None]))
+        residuals, within, numbers = self.subspace.look(mean, numbers)
+        squared, scattered = numbers.tolist()
+        captured = float(within.square().sum()) / squared if squared > 0.0 else 0.0
         return CurvatureObservation(
             step=step,
             eigenvalues=eigenvalues,
-            residuals=self.subspace.residuals,
+            residuals=residuals,
             uncertainties=self.subspace.uncertainties,
             sharpness=sharpness,
             preconditioned_sharpness=preconditioned_sharpness,

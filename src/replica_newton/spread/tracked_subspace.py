@@ -1,7 +1,7 @@
 """TrackedSubspace: the sharpest directions of a Hessian that changes, followed by one probe after the other."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,21 @@ from replica_newton.curvature.gram import column_chunks, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.spread.columns import Columns
 
-_ROUNDS, _ORTHONORMAL, _SHIFT = 6, 1e-6, 1e-13
-"""Of Cholesky QR: rounds at most, deviation from orthonormal rows that ends them, and shift that keeps factors real."""
+_ROUNDS, _NEARLY = 6, 0.1
+"""Of Cholesky QR: rounds at most, and deviation from orthonormal rows that the last one mends."""
+_SHIFT, _ROUGH_SHIFT = 1e-13, 1e-3
+"""What keeps its factors real, and those of a Gram matrix that does not know of the rounding of rows of any length."""
 
 _CORRECTED = torch.tensor([1.0, 0.25], dtype=torch.float64)
 """Eigenvalue from a Ritz value and its correction."""
+
+
+class _Basis(NamedTuple):
+    """Orthonormal rows for the next sweep, and their products with those of this sweep and with their responses."""
+
+    rows: Tensor
+    on_vectors: Tensor
+    on_responses: Tensor
 
 
 class TrackedSubspace:
@@ -101,9 +111,10 @@ class TrackedSubspace:
         self._columns = columns
         rows = (torch.randn(size, generator=generator) for _ in range(order))
         parts = [row if columns is None else columns.part(row) for row in rows]
-        self._turned: Tensor | None = None
+        self._turned: _Basis | None = None
+        self._response_gram: Tensor | None = None
         # Rows of the basis and their responses; the pairs are these, turned.
-        self._vectors = self._orthonormal(torch.stack(parts).to(device))
+        self._vectors = self._orthonormal(torch.stack(parts).to(device))[0]
         self._responses = torch.zeros_like(self._vectors)
         self._rotation = torch.eye(order, dtype=torch.float64)
         self._projected = torch.zeros(order, order, dtype=torch.float64)
@@ -129,7 +140,7 @@ class TrackedSubspace:
         if count < 1:
             raise ValueError(f"{count=} must be >= 1")
         mixture, turn = self._next_probe(count)
-        basis = self._turned_basis() if self._over else self._vectors
+        basis = self._turned_basis().rows if self._over else self._vectors
         return mixture[turn].to(basis) @ basis
 
     def observe(self, responses: Tensor) -> None:
@@ -150,24 +161,28 @@ class TrackedSubspace:
         mixture, turn = self._next_probe(count)
         shares, probed = torch.linalg.pinv(mixture), mixture[turn]
         if self._over:
-            self._check_finite(self._products(responses, responses))
-            basis = self._turned_basis()
-            before = self._rotation @ self._model(basis, self._responses)  # in place of what is older
-            products = self._products((basis, self._vectors), (self._responses, responses))
-            projected, along_basis = products[: self.order].tensor_split([self.order], dim=1)
-            known, along_before = products[self.order :].tensor_split([self.order], dim=1)
-            reference = torch.eye(self.order, dtype=torch.float64)
+            basis, coordinates, on_responses = self._turned_basis()
+            products = self._products((basis, self._vectors, responses), responses)
+            along_basis, along_before, squares = torch.split(products, [self.order, self.order, count])
+            self._check_finite(squares)
+            # Of the model's responses `C Z + D X` to the basis, with the products of X and Z, in place of a sum.
+            across = on_responses - coordinates @ self._projected
+            projected = on_responses @ coordinates.T + coordinates @ across.T
+            known = self._projected @ coordinates.T + across.T
+            self._model(coordinates, across, self._responses)  # in place of what is older
+            before, reference = self._rotation @ coordinates.T, torch.eye(self.order, dtype=torch.float64)
         else:
             basis, before, reference = self._vectors, self._rotation, self._rotation
             products = self._products((basis, responses), responses)
-            self._check_finite(products[-count:])
-            known, along_before = projected, along_basis = self._projected, products[:-count]
+            self._check_finite(products[self.order :])
+            known, along_before = projected, along_basis = self._projected, products[: self.order]
         if not first_sweep:
             along = self._rotation @ (along_before - known @ probed.T)
             self._learn(before @ shares, turn, along, before.square().sum(dim=1))
         gain = shares[:, turn] * (1.0 if first_sweep else self.smoothing)
         self._projected = projected + (along_basis - projected @ probed.T) @ gain.T
-        self._vectors, self._mixture, self._turned = basis, mixture, None
+        self._vectors, self._mixture = basis, mixture
+        self._turned = self._response_gram = None
         self._take_in(responses, probed, gain)
         self._next = turn[0] + count
         self._over = self._next >= len(mixture)
@@ -190,15 +205,30 @@ class TrackedSubspace:
     @property
     def residuals(self) -> Tensor:
         """`‖H x_i − θ_i x_i‖` of Ritz pairs with the smoothed responses, fp64 on the CPU; empty in the first sweep."""
-        if not self.sweeps:
-            return self._values[:0].clone()
-        turn = self._rotation.to(self._vectors)
-        scaled = self._values[:, None].to(turn) * turn
-        squares = torch.zeros(self.order, dtype=torch.float64, device=turn.device)
-        for X, Z in column_chunks(self._vectors, self._responses):
-            errors = torch.addmm(turn @ Z, scaled, X, alpha=-1.0)
-            squares += torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).square()
-        return self._total(squares.cpu()).sqrt()
+        return self.look(self._vectors[:0], self._values[:0])[0] if self.sweeps else self._values[:0].clone()
+
+    def look(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals, products of the Ritz vectors with rows, and whatever else is to be summed, in one sum.
+
+        Processes that share the columns wait for the number of their sums rather than for their size.
+
+        Args:
+            rows: `(k, N)`, fp32 or fp64.
+            numbers: `(c,)`, fp64 on the CPU; this process's share.
+
+        Returns:
+            Residuals `(order,)`, products `(order, k)` and the sums of the numbers, `(c,)`, over all columns, fp64 on
+            the CPU; in the first sweep none of the first two.
+        """
+        parts = [self._squared_residuals(), self.coordinates(rows), numbers]
+        if self._over and self._response_gram is None:
+            parts.append(inner_products(self._responses, self._responses))  # the next basis begins with them
+        total = self._total(torch.cat([part.flatten() for part in parts]))
+        sums = torch.split(total, [part.numel() for part in parts])
+        squares, products, others, *gram = (own.view_as(part) for own, part in zip(sums, parts, strict=True))
+        if gram:
+            self._response_gram = gram[0]
+        return squares.sqrt(), products, others
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Products of the Ritz vectors with rows.
@@ -304,7 +334,7 @@ class TrackedSubspace:
             raise ValueError(f"the state has (order, N) = {shape}, the space {tuple(self._vectors.shape)}")
         self.smoothing, self.sweeps = state["smoothing"], state["sweeps"]
         self._next, self._over = state["next"], state["over"]
-        self._turned = None
+        self._turned = self._response_gram = None
         for name in ("vectors", "responses"):
             setattr(self, f"_{name}", state[name].to(self._vectors, copy=True))
         small = {name: state[name] for name in ("mixture", "values", "variances", "corrections", "changes", "averaged")}
@@ -333,15 +363,23 @@ class TrackedSubspace:
         for Z, new in column_chunks(self._responses, responses):
             Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0))
 
-    def _model(self, q: Tensor, into: Tensor) -> Tensor:
-        """`A q` for rows q, `(k, N)`, which is written to memory of their shape; the products of the basis with q."""
-        order = self.order
-        products = self._products(q, (self._vectors, self._responses))
-        coordinates, across = products[:, :order], products[:, order:] - products[:, :order] @ self._projected
-        on_responses, on_vectors = coordinates.to(q), across.to(q)
+    def _squared_residuals(self) -> Tensor:
+        """Of the columns held here."""
+        if not self.sweeps:
+            return self._values[:0]
+        turn = self._rotation.to(self._vectors)
+        scaled = self._values[:, None].to(turn) * turn
+        squares = torch.zeros(self.order, dtype=torch.float64, device=turn.device)
+        for X, Z in column_chunks(self._vectors, self._responses):
+            errors = torch.addmm(turn @ Z, scaled, X, alpha=-1.0)
+            squares += torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).square()
+        return squares.cpu()
+
+    def _model(self, on_responses: Tensor, on_vectors: Tensor, into: Tensor) -> None:
+        """Write `C Z + D X`; it is `A q` for rows q with products `C` with X and `C P + D` with Z, where `P = X Zᵀ`."""
+        on_responses, on_vectors = on_responses.to(into), on_vectors.to(into)
         for target, X, Z in column_chunks(into, self._vectors, self._responses):
             target.copy_(torch.addmm(on_responses @ Z, on_vectors, X))
-        return coordinates.T
 
     def _rayleigh_ritz(self, reference: Tensor) -> None:
         """Turn to the eigenvectors of `sym(X Zᵀ)`, with the signs that they have along the first row of a reference."""
@@ -387,35 +425,56 @@ class TrackedSubspace:
         self._variances = shares @ self._variances
         self._changes = shares @ self._changes
 
-    def _turned_basis(self) -> Tensor:
+    def _turned_basis(self) -> _Basis:
         """An orthonormal basis of the responses, for the next sweep."""
         # Not before: a basis turned by the model alone can lock on to a vector that is no eigenvector of H.
         if self._turned is None:
-            turn = self._rotation.to(self._vectors)
-            rows = turn @ self._responses
-            longest = float(self._products(rows, rows).diagonal().max().sqrt())
+            Z, P, turn = self._responses, self._projected, self._rotation
+            if self._response_gram is None:
+                self._response_gram = self._products(Z, Z)
+            gram = turn @ self._response_gram @ turn.T
             # A pair without response keeps its direction: QR would complete with coordinate axes, always the same ones.
-            for new, X in column_chunks(rows, self._vectors):
-                new.copy_(torch.addmm(new, 1e-7 * turn, X, beta=1.0 / longest) if longest else turn @ X)
-            self._turned = self._orthonormal(rows)
+            longest = float(gram.diagonal().max().clamp_min(0.0).sqrt())
+            on_responses, on_vectors = (turn / longest, 1e-7 * turn) if longest else (0.0 * turn, turn)
+            mixed = on_vectors @ P @ on_responses.T
+            gram = on_responses @ self._response_gram @ on_responses.T + mixed + mixed.T + on_vectors @ on_vectors.T
+            rows = torch.empty_like(Z)
+            self._model(on_responses, on_vectors, rows)
+            rows, products = self._orthonormal(rows, (self._vectors, Z), gram)
+            self._turned = _Basis(rows, *torch.split(products, self.order, dim=1))
         return self._turned
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormal basis of independent rows, that of Gram and Schmidt, in their place."""
+    def _orthonormal(
+        self, rows: Tensor, others: Sequence[Tensor] = (), gram: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Orthonormal basis of independent rows, that of Gram and Schmidt.
+
+        Args:
+            rows: `(order, N)`, which the basis is written to.
+            others: rows that its products are wanted with.
+            gram: products of the rows with each other, as they would be without rounding, if they are known.
+
+        Returns:
+            The basis, and its products with all other rows.
+        """
         # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
         # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
-        eye = torch.eye(len(rows), dtype=torch.float64)
+        eye, products = torch.eye(len(rows), dtype=torch.float64), torch.empty(len(rows), 0, dtype=torch.float64)
         for _ in range(_ROUNDS):
-            gram = self._products(rows, rows)
-            if float((gram - eye).abs().max()) < _ORTHONORMAL:
-                break
+            summed = gram is None
+            if gram is None:
+                gram, products = self._products(rows, (rows, *others)).tensor_split([len(rows)], dim=1)
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-            lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + _SHIFT * eye)
+            shift = _SHIFT if summed else _ROUGH_SHIFT
+            lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + shift * eye)
             turn = torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False)
-            turn = turn.to(rows)
+            products, turned = turn @ products, turn.to(rows)
             for (some,) in column_chunks(rows):
-                some.copy_(turn @ some)
-        return rows
+                some.copy_(turned @ some)
+            if summed and float((gram - eye).abs().max()) < _NEARLY:
+                break
+            gram = None
+        return rows, products
 
 
 def _frame(count: int, order: int) -> Tensor:

@@ -251,26 +251,24 @@ class Processes(LastingMembers):
             row[bucket.elements] = piece
         return row
 
-    def columns(self, row: Tensor) -> Tensor:
-        """The columns that this process holds, from the rows of all replicas.
+    def columns(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The columns that this process holds, from the rows of all replicas, of several kinds at once.
 
         Args:
-            row: `(N,)`, that of the local replica; called by all processes, each of which must have one.
+            rows: `(N,)` each, those of the local replica; called by all processes, each of which must have one.
 
         Returns:
-            `(M, n)`; columns beyond N are zero.
+            `(M, n)` of every kind; columns beyond N are zero.
         """
-        started = [
-            self._all.start_exchange(
-                self._buckets.split(bucket, [row[bucket.elements]]),
-                self._workers,
-                self._holders,
-                bucket.width,
-                "responses",
-            )
-            for bucket in self._buckets
-        ]
-        return joined(started, self._buckets).to(row.dtype)
+
+        def started(bucket: Bucket) -> Arrival:
+            pieces = [self._buckets.split(bucket, [row[bucket.elements]]) for row in rows]
+            sent, width = torch.cat(pieces, dim=1), len(rows) * bucket.width
+            wait = self._all.start_exchange(sent, self._workers, self._holders, width, "responses")
+            return lambda: wait().reshape(len(rows) * self.replicas, -1)
+
+        columns = joined([started(bucket) for bucket in self._buckets], self._buckets).to(rows[0].dtype)
+        return torch.unbind(columns.view(self.replicas, len(rows), columns.shape[1]), dim=1)
 
     def _arriving(
         self, columns: Callable[[slice, Tensor], Tensor], phase: str, like: Tensor, workspace: Workspace
