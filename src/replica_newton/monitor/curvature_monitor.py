@@ -3,7 +3,7 @@
 import logging
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class CurvatureMonitor:
             self._size,
             smoothing=smoothing,
             device=self._parameters[0].device,
-            columns=self._processes,
+            columns=None if self._processes is None else _Shared(self._processes, every),
         )
         self.subspace = new_space(seed=seed)
         self.preconditioned: TrackedSubspace | None = None
@@ -266,7 +266,7 @@ class CurvatureMonitor:
         return rows if self._processes is None else self._processes.columns(*(own[0] for own in rows))
 
     def _total(self, sums: Tensor) -> Tensor:
-        return sums if self._processes is None else self._processes.total(sums)
+        return sums if self._processes is None else self._processes.total(sums, steps=self.every)
 
     def _next_space(self) -> tuple[TrackedSubspace, Tensor | None, float]:
         """The space that is to be probed, the diagonal of P^-½ for the preconditioned one, and the decay within it."""
@@ -350,6 +350,19 @@ class CurvatureMonitor:
             )
         self._reuse_is_right = True
         return given
+
+
+class _Shared(NamedTuple):
+    """How processes share the rows of a space that is probed once in so many steps."""
+
+    processes: TreeReduction
+    every: int
+
+    def part(self, vector: Tensor) -> Tensor:
+        return self.processes.part(vector)
+
+    def total(self, sums: Tensor) -> Tensor:
+        return self.processes.total(sums, steps=self.every)
 
 
 def _largest(values: Tensor) -> float:

@@ -19,37 +19,53 @@ Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
 
 _SLICE = 0.1
 """Seconds between two looks, while waiting, whether somebody else has noticed that a process is lost."""
-_LITTLE = 256
-"""Numbers that a process may send for a sum in one message to each, where two would send less."""
+LITTLE = 256
+"""Numbers that a process may always send for a sum in one message to each, where two would send less."""
 
 
-def sent_for_a_sum(numbers: int, processes: int) -> int:
+def numbers_at_once(parameters: int, element: int, steps: int = 1) -> int:
+    """Numbers that a process may send for a sum in one message to each: a twentieth of what a row is, in bytes.
+
+    Args:
+        parameters: N, elements of a row, of which a step sends one or two.
+        element: bytes of one.
+        steps: that a sum is made once in.
+
+    Returns:
+        So many fp64 numbers, `LITTLE` at least.
+    """
+    return max(LITTLE, steps * parameters * element // (20 * torch.float64.itemsize))
+
+
+def sent_for_a_sum(numbers: int, processes: int, at_once: int = LITTLE) -> int:
     """What every process sends to the others for a sum over all.
 
     Args:
         numbers: K, that are summed.
         processes: P.
+        at_once: numbers that it may send in one message to each.
 
     Returns:
         `(P−1) K` in one message to each where that is little, `2 (P−1) ⌈K/P⌉` in two otherwise.
     """
     others = processes - 1
-    if exchanges_for_a_sum(numbers, processes) == 1:
+    if exchanges_for_a_sum(numbers, processes, at_once) == 1:
         return others * numbers
     return 2 * others * -(-numbers // processes)
 
 
-def exchanges_for_a_sum(numbers: int, processes: int) -> int:
+def exchanges_for_a_sum(numbers: int, processes: int, at_once: int = LITTLE) -> int:
     """How often all send to all for a sum, one time after the other.
 
     Args:
         numbers: that are summed.
         processes: that sum them.
+        at_once: numbers that a process may send in one message to each.
 
     Returns:
         1 or 2.
     """
-    return 1 if processes == 2 or (processes - 1) * numbers <= _LITTLE else 2
+    return 1 if processes == 2 or (processes - 1) * numbers <= at_once else 2
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -241,7 +257,7 @@ class Collectives:
 
         return wait
 
-    def sum(self, sums: Tensor, phase: str) -> Tensor:
+    def sum(self, sums: Tensor, phase: str, *, at_once: int = LITTLE) -> Tensor:
         """Sum over the processes, the same bits in all of them.
 
         What a small sum costs is the number of messages that wait for each other. An all-reduce over a ring has
@@ -252,6 +268,7 @@ class Collectives:
         Args:
             sums: of the same shape in all processes.
             phase: what an error calls it.
+            at_once: numbers that may be sent to everybody, P − 1 times as many as there are; the same in all processes.
 
         Returns:
             The sum.
@@ -260,7 +277,7 @@ class Collectives:
         if P == 1:
             return sums.clone()
         flat = self._placed(sums.flatten())
-        if exchanges_for_a_sum(K, P) == 1:
+        if exchanges_for_a_sum(K, P, at_once) == 1:
             total = self._from_each(flat.expand(P, K), phase).sum(dim=0)
         else:
             padded = torch.nn.functional.pad(flat, (0, -K % P)).reshape(P, -1)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from replica_newton.topology.collectives import exchanges_for_a_sum, sent_for_a_sum
+from replica_newton.topology.collectives import exchanges_for_a_sum, numbers_at_once, sent_for_a_sum
 from replica_newton.topology.estimate import numbers_summed
 
 _SUM_BYTES = 8
@@ -76,11 +76,11 @@ def work(setting: Setting) -> Work:
     """
     N, M = setting.parameters, setting.replicas
     second = 0.0 if setting.every is None else 1.0 / setting.every
-    sums = numbers_summed(M)
+    sums = numbers_summed(M), M, numbers_at_once(N, setting.element)
     row = N * (M - 1) / M * setting.element
     return Work(
-        messages=((2 + second) + (1 + second) * exchanges_for_a_sum(sums, M)) * (M - 1),
-        sent=(2 + second) * row + (1 + second) * sent_for_a_sum(sums, M) * _SUM_BYTES,
+        messages=((2 + second) + (1 + second) * exchanges_for_a_sum(*sums)) * (M - 1),
+        sent=(2 + second) * row + (1 + second) * sent_for_a_sum(*sums) * _SUM_BYTES,
         elements=float(N),
         products=(2 * M - 1) ** 2 * N / M + M**3,
     )

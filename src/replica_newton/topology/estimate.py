@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from replica_newton.topology.collectives import sent_for_a_sum
+from replica_newton.topology.collectives import numbers_at_once, sent_for_a_sum
 
 Kind = Literal["simulated", "tree", "server"]
 Rule = Literal["metric", "paper"]
@@ -72,7 +72,7 @@ def estimate(
     if kind == "simulated":
         return [Load("process", 1, 0, 0, M * parameters * kept)]
     processes = M if kind == "tree" else M + servers
-    sums_sent = sent_for_a_sum(numbers_summed(M), processes) * _SUMS_BYTES
+    sums_sent = sent_for_a_sum(numbers_summed(M), processes, numbers_at_once(parameters, element)) * _SUMS_BYTES
     if kind == "tree":
         width = -(-parameters // M)
         return [Load("process", M, 2 * (M - 1) * width * element, sums_sent, (M + 1) * width * kept)]
@@ -107,7 +107,7 @@ def _estimate_metric(kind: Kind, N: int, M: int, servers: int, element: int, kep
         return [Load("process", 1, 0, 0, _METRIC_STATE * N * kept)]
     processes, holders = (M, M) if kind == "tree" else (M + servers, servers)
     # Seven are about the parameters.
-    sums_sent = sent_for_a_sum(_reported(M) + 7, processes) * _SUMS_BYTES
+    sums_sent = sent_for_a_sum(_reported(M) + 7, processes, numbers_at_once(N, element)) * _SUMS_BYTES
     state = _METRIC_STATE * -(-N // holders) * kept
     if kind == "tree":
         return [Load("process", M, round(2 * N * (M - 1) / M * element), sums_sent, state)]

@@ -223,16 +223,17 @@ class ParameterServer(Processes):
         self.prepared(undo, stepped=stepped)
         self.total(torch.zeros(1, dtype=torch.float64))
 
-    def total(self, sums: Tensor) -> Tensor:
+    def total(self, sums: Tensor, *, steps: int = 1) -> Tensor:
         """Sum over the processes; see `Processes`.
 
         Args:
             sums: fp64 on the CPU, of some M² elements.
+            steps: that this sum is made once in.
 
         Returns:
             The sum, of the same shape.
         """
-        summed = super().total(sums)
+        summed = super().total(sums, steps=steps)
         # All have come here, so all have ended the call before: it will not be undone, and its columns can go.
         self._undo = None
         return summed

@@ -22,7 +22,7 @@ from replica_newton.topology.buckets import (
     sharded_by_rows,
     write,
 )
-from replica_newton.topology.collectives import Collectives
+from replica_newton.topology.collectives import Collectives, numbers_at_once
 from replica_newton.topology.dealing import Dealing, Held, held_in_shards, held_whole, is_even
 from replica_newton.topology.layout import Layout
 from replica_newton.topology.local_closure import LocalClosure
@@ -426,16 +426,18 @@ class Processes(LastingMembers):
 
         return held_in_shards([(row[0], row[1]) for row in rows], [row[2:] for row in rows], cut)
 
-    def total(self, sums: Tensor) -> Tensor:
+    def total(self, sums: Tensor, *, steps: int = 1) -> Tensor:
         """Sum over the processes, those of all shards, the same bits in all of them.
 
         Args:
             sums: fp64 on the CPU, of some M² elements.
+            steps: that this sum is made once in: the fewer the steps, the more bytes for the less time.
 
         Returns:
             The sum, of the same shape.
         """
-        return self._over_shards(self._all.sum(sums, "inner products"), "inner products")
+        at_once = numbers_at_once(self._buckets.size, self._buckets.dtype.itemsize, steps)
+        return self._over_shards(self._all.sum(sums, "inner products", at_once=at_once), "inner products")
 
     def mean_of_workers(self, values: Tensor) -> Tensor:
         """Mean over the processes that have a replica, called by these alone.
