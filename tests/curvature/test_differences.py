@@ -47,6 +47,14 @@ def test_differences_of_fp32_are_those_of_fp32_summed_in_fp64() -> None:
         torch.testing.assert_close(Differences(W, G, copy=copy).products(None), both @ both.T, rtol=1e-13, atol=1e-10)
 
 
+def test_sums_of_rows_that_are_not_kept_lose_no_more_than_the_rows_have_lost() -> None:
+    W, G = rows(5, 1000, torch.float32)
+    weights, rounding = normal(8, seed=3), 1000.0 * torch.finfo(torch.float32).eps
+    exact = weights @ torch.cat((W[1:] - W[0], G[1:] - G[0])).double()  # the differences before anything is added
+    found = Differences(W, 1000.0 + G, copy=False).combine(weights)
+    assert float((found - exact).abs().max()) < 4.0 * rounding * float(weights.abs().sum())
+
+
 def test_what_was_copied_does_not_change_with_its_source_and_what_was_not_can_be_released() -> None:
     W, G = rows(4, 20)
     z = normal(20, seed=5)

@@ -97,6 +97,9 @@ class Differences:
     def combine(self, weights: Tensor, some: slice | None = None) -> Tensor:
         """Sums of all rows with weights.
 
+        Rows that are not kept are not made for it either: it is W and G, summed with weights that sum to zero. What
+        cancels leaves the rounding of W and G themselves, which their differences have already.
+
         Args:
             weights: `(2M−2,)` or `(k, 2M−2)`.
             some: columns; None for all.
@@ -109,14 +112,19 @@ class Differences:
             with torch.autocast(self.device.type, enabled=False):
                 return self.combine(weights, some)
         some = slice(0, self.elements) if some is None else some
-        sums = weights.new_empty(*weights.shape[:-1], some.stop - some.start)
-        for columns, rows in self._chunks("both", self.dtype, some=some):
-            target = sums[..., columns.start - some.start : columns.stop - some.start]
-            if weights.dim() == 1:
-                torch.mv(rows.T, weights, out=target)
-            else:
-                torch.mm(weights, rows, out=target)
-        return sums
+        if self._kept is not None:
+            return weights @ self._kept[:, some]
+        rows = weights if weights.dim() == 2 else weights[None]
+        on_W, on_G = (torch.cat((-own.sum(dim=1, keepdim=True), own), dim=1) for own in rows.tensor_split(2, dim=1))
+        W, G = self._source("W"), self._source("G")
+        sums = weights.new_empty(len(rows), some.stop - some.start)
+        width = max(1, at_a_time(4 * _CHUNK, self.device) // (2 * self._replicas))  # nothing but sums is written
+        for start in range(some.start, some.stop, width):
+            columns = slice(start, min(start + width, some.stop))
+            target = sums[:, columns.start - some.start : columns.stop - some.start]
+            torch.mm(on_W, W[:, columns].to(self.dtype), out=target)
+            target.addmm_(on_G, G[:, columns].to(self.dtype))
+        return sums.view(*weights.shape[:-1], some.stop - some.start)
 
     def _sum(
         self,
@@ -132,7 +140,7 @@ class Differences:
         return torch.empty(0) if total is None else total.cpu()
 
     def _chunks(
-        self, which: Which, dtype: torch.dtype, vectors: Sequence[Tensor] = (), some: slice | None = None
+        self, which: Which, dtype: torch.dtype, vectors: Sequence[Tensor] = ()
     ) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and vectors for the last of them, a few columns after the other; good until the next are asked for.
 
@@ -141,18 +149,17 @@ class Differences:
         Yields:
             Which columns, and `(rows, columns)`.
         """
-        some = slice(0, self.elements) if some is None else some
         kept = None if self._kept is None else self._of(which)
         if kept is not None and kept.dtype == dtype and not vectors:
-            yield some, kept[:, some]
+            yield slice(0, self.elements), kept
             return
         count = self._count(which) + len(vectors)
-        width = max(1, min(some.stop - some.start, at_a_time(_CHUNK, self.device) // max(count, 1)))
+        width = max(1, min(self.elements, at_a_time(_CHUNK, self.device) // max(count, 1)))
         if self._memory.numel() < count * width or self._memory.dtype != dtype:
             self._memory = torch.empty(count * width, dtype=dtype, device=self.device)
         memory = self._memory[: count * width].view(count, width)
-        for start in range(some.start, max(some.stop, some.start + 1), width):
-            columns = slice(start, min(start + width, some.stop))
+        for start in range(0, max(self.elements, 1), width):
+            columns = slice(start, min(start + width, self.elements))
             rows = memory[:, : columns.stop - start]
             first = rows[: count - len(vectors)]
             if kept is not None:
@@ -173,9 +180,12 @@ class Differences:
 
     def _make(self, which: Which, columns: slice, target: Tensor) -> None:
         """Rows of some columns, in the precision of the rows and then in that of the target."""
-        if not self._sources:
-            raise RuntimeError("the parameters and gradients of this curvature are those of a step that is over")
         names = "WG" if which == "both" else which
         for name, rows in zip(names, target.tensor_split(len(names)), strict=True):
-            source = self._sources[name][:, columns].to(self.dtype)
+            source = self._source(name)[:, columns].to(self.dtype)
             torch.sub(source[1:], source[0], out=rows)
+
+    def _source(self, name: str) -> Tensor:
+        if not self._sources:
+            raise RuntimeError("the parameters and gradients of this curvature are those of a step that is over")
+        return self._sources[name]
