@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from replica_newton import PairedProbes, RandomDirections, ReplicaNewton, Simulated, TreeReduction
+from replica_newton.topology import buckets as buckets_module
 from replica_newton.topology.buckets import local
 
 
@@ -28,6 +29,7 @@ def train(
     *,
     steps: int = 8,
     bucket_bytes: int = 400,
+    first_bytes: int = 1 << 20,
     micro_batches: int = 1,
     changed: bool = False,
     dropped: bool = False,
@@ -40,6 +42,7 @@ def train(
         count: M.
         steps: of training.
         bucket_bytes: of a bucket.
+        first_bytes: of the first, if it is less.
         micro_batches: backward passes in a step.
         changed: whether the closure halves the gradients after the backward pass, and doubles the loss before.
         dropped: whether replica 1 has no gradient in the first layer in every other step.
@@ -49,6 +52,7 @@ def train(
         What a test may want to know.
     """
     module = network(torch.float64)
+    buckets_module._FIRST_BUCKET_BYTES = first_bytes
     topology: Any = Simulated(count) if rank is None else TreeReduction(bucket_bytes=bucket_bytes)
     optimizer = ReplicaNewton(module.parameters(), 0.05, topology=topology, **({"rule": "paper"} | options))
     losses, calls = [], []
@@ -98,6 +102,7 @@ def train(
         "calls": calls,
         "sent": dict(topology.elements_sent) if rank is not None else {},
         "buckets": topology.lay_out(list(module.parameters())),
+        "groups": [len(group) for group in topology._buckets.groups] if rank is not None else [],
     }
 
 

@@ -35,6 +35,26 @@ def test_buckets_are_a_partition(sizes: list[int], holders: int, bucket_bytes: i
             assert torch.equal(row, part[bucket.columns])
 
 
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    holders=st.integers(1, 5),
+    bucket_bytes=st.integers(1, 600),
+)
+def test_groups_are_small_and_have_every_bucket_in_its_place(sizes: list[int], holders: int, bucket_bytes: int) -> None:
+    buckets = Buckets(sizes, torch.float32, holders, bucket_bytes)
+    assert [bucket for group in buckets.groups for bucket in group] == list(buckets)
+    for group, following in zip(buckets.groups, [*buckets.groups[1:], None], strict=True):
+        elements = sum(bucket.size for bucket in group)
+        assert len(group) == 1 or 4 * elements <= bucket_bytes
+        assert following is None or 4 * (elements + following[0].size) > bucket_bytes
+
+
+def test_what_a_network_of_a_million_parameters_need_not_send_early_is_one_message() -> None:
+    assert [len(group) for group in Buckets([256 * 640, 640 * 640, 640 * 640], torch.float32, 2).groups] == [2]
+    # Here each is as large as a bucket is meant to be.
+    assert [len(group) for group in Buckets([7 << 20] * 4, torch.float32, 2).groups] == [1, 1, 1, 1]
+
+
 def test_the_last_parameters_go_first_and_the_first_bucket_is_small() -> None:
     buckets = list(Buckets([1 << 22, 1 << 20, 1 << 18, 8], torch.float32, 2, 8 << 20))
     assert [bucket.parameters for bucket in buckets] == [slice(2, 4), slice(0, 2)]
@@ -67,6 +87,16 @@ def test_buckets_train_as_one_process_does(count: int, options: dict[str, Any], 
         # Every step sends each bucket once, filled up to a multiple of the number of processes.
         assert result["sent"]["gradients"] == result["sent"]["points"] == 8 * (count - 1) * width
         assert width * count < size + len(buckets) * count
+
+
+def test_points_of_small_buckets_travel_together(tmp_path: Path) -> None:
+    results = run_processes(tmp_path, 3, cases_buckets.train, bucket_bytes=1 << 20, first_bytes=100)
+    alone = cases_buckets.train(None, 3)
+    for result in results:
+        assert (len(result["buckets"]), result["groups"]) == (2, [2])
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-10)
+        torch.testing.assert_close(result["parameters"], alone["parameters"], rtol=1e-10, atol=1e-10)
+        assert result["sent"]["points"] == result["sent"]["gradients"]
 
 
 def test_a_missing_gradient_is_zero_and_changes_no_order(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ BUCKET_BYTES = 25 << 20
 """Of a bucket, as in DistributedDataParallel: large enough for the bandwidth, small enough to overlap."""
 _FIRST_BUCKET_BYTES = 1 << 20
 """Of the first bucket: communication starts early in the backward pass."""
+_GROUP_BYTES = 8 << 20
+"""Of buckets that need not start early: below that, another message costs more than a copy."""
 
 
 def sharded_by_rows(parameter: Tensor) -> bool:
@@ -109,6 +111,7 @@ class Buckets:
     Attributes:
         size: N.
         width: n, the columns of a holder.
+        groups: buckets that follow each other, as many as are small, for what need not start early; none is left out.
     """
 
     def __init__(
@@ -130,6 +133,14 @@ class Buckets:
                 columns = slice(self.width, self.width + width)
                 self._buckets.append(Bucket(slice(first, last), slice(end - elements, end), columns))
                 last, end, elements, self.width = first, end - elements, 0, self.width + width
+        self.groups: list[list[Bucket]] = []
+        most, room = min(bucket_bytes, _GROUP_BYTES) // dtype.itemsize, 0
+        for bucket in self._buckets:
+            if not self.groups or bucket.size > room:
+                self.groups.append([])
+                room = most
+            self.groups[-1].append(bucket)
+            room -= bucket.size
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._buckets)
@@ -194,25 +205,25 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, int], Tensor] = {}
+        self._tensors: dict[tuple[str, int, int], Tensor] = {}
 
-    def take(self, name: str, bucket: Bucket, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a bucket, with what the last user has left in it.
+    def take(self, name: str, columns: slice, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for some columns, with what the last user has left in it.
 
         Args:
             name: of the two.
-            bucket: whose it is.
-            rows: how many it has of the bucket's width.
+            columns: w of a holder, those of a bucket or of a group.
+            rows: how many of them.
             dtype: of the elements.
             device: where it is.
 
         Returns:
             `(rows · w,)`.
         """
-        found = self._tensors.get((name, bucket.columns.start))
-        if found is None or (found.numel(), found.dtype, found.device) != (rows * bucket.width, dtype, device):
-            found = torch.empty(rows * bucket.width, dtype=dtype, device=device)
-            self._tensors[name, bucket.columns.start] = found
+        place, elements = (name, columns.start, columns.stop), rows * (columns.stop - columns.start)
+        found = self._tensors.get(place)
+        if found is None or (found.numel(), found.dtype, found.device) != (elements, dtype, device):
+            found = self._tensors[place] = torch.empty(elements, dtype=dtype, device=device)
         return found
 
 

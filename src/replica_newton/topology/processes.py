@@ -273,28 +273,31 @@ class Processes(LastingMembers):
     def _arriving(
         self, columns: Callable[[slice, Tensor], Tensor], phase: str, like: Tensor, workspace: Workspace
     ) -> Iterator[tuple[Bucket, Tensor]]:
-        """Every bucket of the local row as it arrives; `columns` writes what is held of a bucket into memory."""
-        travelling: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        """Every bucket of the local row as it arrives; `columns` writes what is held of some columns into memory."""
+        travelling: deque[tuple[list[Bucket], Callable[[], Tensor]]] = deque()
         holds, nothing = self._all.rank in self._holders, like.new_empty(0, dtype=self._buckets.dtype)
 
-        def arrived() -> tuple[Bucket, Tensor]:
-            bucket, wait = travelling.popleft()
-            return bucket, wait().flatten()[: bucket.size]
+        def arrived() -> Iterator[tuple[Bucket, Tensor]]:
+            group, wait = travelling.popleft()
+            received, first = wait(), group[0].columns.start
+            for bucket in group:
+                piece = received[:, bucket.columns.start - first : bucket.columns.stop - first]
+                yield bucket, piece.flatten()[: bucket.size]
 
-        for bucket in self._buckets:
-            memory = partial(self._memory, workspace, like.device, bucket)
-            sent = columns(bucket.columns, memory("columns", self.replicas)) if holds else nothing
-            started = self._all.start_exchange(
-                sent, self._holders, self._workers, bucket.width, phase, partial(memory, "row")
-            )
-            travelling.append((bucket, started))
+        for group in self._buckets.groups:
+            some = slice(group[0].columns.start, group[-1].columns.stop)
+            memory = partial(self._memory, workspace, like.device, some)
+            sent = columns(some, memory("columns", self.replicas)) if holds else nothing
+            width = some.stop - some.start
+            started = self._all.start_exchange(sent, self._holders, self._workers, width, phase, partial(memory, "row"))
+            travelling.append((group, started))
             if len(travelling) > _IN_FLIGHT:
-                yield arrived()
+                yield from arrived()
         while travelling:
-            yield arrived()
+            yield from arrived()
 
-    def _memory(self, workspace: Workspace, device: torch.device, bucket: Bucket, name: str, rows: int) -> Tensor:
-        return workspace.take(name, bucket, rows, self._buckets.dtype, device)
+    def _memory(self, workspace: Workspace, device: torch.device, columns: slice, name: str, rows: int) -> Tensor:
+        return workspace.take(name, columns, rows, self._buckets.dtype, device)
 
     def gradients(
         self,
@@ -347,7 +350,7 @@ class Processes(LastingMembers):
         return ReplicaGradients(losses, exchange.arrived())
 
     def _start_columns(self, nothing: Tensor, bucket: Bucket, pieces: Sequence[Tensor]) -> Arrival:
-        memory = partial(self._memory, self._workspace, nothing.device, bucket)
+        memory = partial(self._memory, self._workspace, nothing.device, bucket.columns)
         rows = self._buckets.split(bucket, pieces, memory("row", self._buckets.holders)) if pieces else nothing
         return self._for_gradients.start_exchange(
             rows, self._workers, self._holders, bucket.width, "gradients", partial(memory, "columns")
