@@ -121,14 +121,17 @@ def inner_products(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Te
     total = torch.zeros(a, b, dtype=torch.float64, device=device)
     if not total.numel():
         return total.cpu()
-    memory = torch.empty(0, dtype=torch.float64, device=device)
+    in_fp64 = torch.empty(0, dtype=torch.float64, device=device)
     for chunks in column_chunks(*blocks):
-        count, width = sum(map(len, chunks)), chunks[0].shape[1]
-        if memory.shape != (count, width):
-            memory = memory.new_empty(count, width)
-        for target, chunk in zip(torch.split(memory, [len(chunk) for chunk in chunks]), chunks, strict=True):
-            target.copy_(chunk)
-        total.addmm_(memory[first : first + a], memory[second : second + b].T)
+        if len(chunks) == 1 and chunks[0].dtype == torch.float64:
+            in_fp64 = chunks[0]
+        else:
+            # Into the memory of the chunk before: a fresh page costs more than to fill it.
+            shape = sum(map(len, chunks)), chunks[0].shape[1]
+            in_fp64 = in_fp64 if in_fp64.shape == shape else in_fp64.new_empty(shape)
+            for target, chunk in zip(torch.split(in_fp64, [len(chunk) for chunk in chunks]), chunks, strict=True):
+                target.copy_(chunk)
+        total.addmm_(in_fp64[first : first + a], in_fp64[second : second + b].T)
     return total.cpu()
 
 
