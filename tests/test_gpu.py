@@ -1,6 +1,9 @@
 """The same numbers on a GPU as on the CPU, in one process and over several; skipped where there is no GPU."""
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +281,22 @@ def test_processes_with_a_gpu_each_train_over_nccl_as_one_process_does(options: 
     results = run_processes(tmp_path, count, cases.train, steps=60, device=GPU, backend="nccl", **options)
     options.pop("plain_closure", None)
     cases.check_parity(results, cases.train(None, count, steps=60, **options), 1e-10)
+
+
+@pytest.mark.parametrize("options", [["--method", "paper"], ["--method", "metric"]], ids=lambda options: options[1])
+@pytest.mark.parametrize("where", [[], ["--topology", "tree", "--processes", "2"]], ids=["alone", "tree"])
+def test_the_command_trains_on_a_gpu_and_resumes_on_the_cpu(
+    options: list[str], where: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "replica_newton", "train", *options, *where, "--out", str(tmp_path)]
+    for device, more in (("cuda", ["--epochs", "2"]), ("cpu", ["--epochs", "3", "--resume"])):
+        ran = subprocess.run([*command, *more, "--device", device], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+    epochs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [epoch["train_nll"] for epoch in epochs]
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 3
+    assert losses[-1] < 1.0
 
 
 def test_a_step_over_processes_waits_for_what_the_gpu_has_still_to_do(tmp_path: Path) -> None:

@@ -36,18 +36,20 @@ class Place:
         rank: 0 … processes − 1.
         processes: how many there are.
         local: whether all of them are on this machine.
+        local_rank: among those on this machine.
     """
 
     rank: int
     processes: int
     local: bool
+    local_rank: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Place | None":
         """The place that `torchrun` (or another launcher that sets the same variables) has given.
 
         Args:
-            environment: with `RANK`, `WORLD_SIZE` and, by torchrun, `LOCAL_WORLD_SIZE`.
+            environment: with `RANK`, `WORLD_SIZE` and, by torchrun, `LOCAL_WORLD_SIZE` and `LOCAL_RANK`.
 
         Returns:
             The place; None outside a launcher.
@@ -59,11 +61,12 @@ class Place:
             return None
         try:
             rank, processes = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local_rank = int(environment.get("LOCAL_RANK", rank))
         except (KeyError, ValueError) as error:
-            raise RuntimeError(f"RANK and WORLD_SIZE must both be integers: {error}") from error
+            raise RuntimeError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}") from error
         if not 0 <= rank < processes:
             raise RuntimeError(f"RANK={rank} must be in 0 … WORLD_SIZE − 1 = {processes - 1}")
-        return cls(rank, processes, environment.get("LOCAL_WORLD_SIZE") == str(processes))
+        return cls(rank, processes, environment.get("LOCAL_WORLD_SIZE") == str(processes), local_rank)
 
 
 def init_processes(backend: str = "gloo", *, timeout: float = DEFAULT_TIMEOUT) -> None:

@@ -85,13 +85,14 @@ def test_signals_are_passed_on() -> None:
     ("environment", "said"),
     [
         ({}, "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set: start the script by torchrun"),
-        ({"RANK": "0"}, "RANK and WORLD_SIZE must both be integers"),
+        ({"RANK": "0"}, "RANK, WORLD_SIZE and LOCAL_RANK must be integers"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"}, "RANK, WORLD_SIZE and LOCAL_RANK must be integers"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be in 0 … WORLD_SIZE − 1 = 1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT must be set"),
     ],
 )
 def test_without_a_launcher_processes_do_not_join(monkeypatch, environment, said) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from replica_newton.launch import Place
+from replica_newton.training.command import device_named
 from replica_newton.training.datasets import load_dataset
 from replica_newton.training.loop import train
-from replica_newton.training.run import CHECKPOINTS, METRICS, RunConfig, RunState
+from replica_newton.training.run import CHECKPOINTS, METRICS, RunConfig, RunError, RunState
 
 SAMPLES, BATCH = 256, 32
 DATA = ["--train-limit", str(SAMPLES), "--batch-size", str(BATCH)]
@@ -120,3 +122,15 @@ def test_what_processes_find_wrong_is_said_once(tmp_path: Path) -> None:
     assert (process.returncode, out) == (2, "")
     assert re.fullmatch(r"replica-newton: .*garbage\.npz.*\n", err)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_of_a_machine_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment = {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}
+    places = [Place.from_environment(environment | {"RANK": str(3 + n), "LOCAL_RANK": str(n)}) for n in range(3)]
+    assert [device_named("cuda", place).index for place in (None, *places)] == [0, 0, 1, 0]
+    assert [device_named("cuda:1", place).index for place in (None, *places)] == [1, 1, 1, 1]
+    assert {device_named("cpu", place) for place in places} == {torch.device("cpu")}
+    with pytest.raises(RunError, match="device must be cpu or one of the 2 GPUs of CUDA here, got 'cuda:2'"):
+        device_named("cuda:2", None)

@@ -550,3 +550,12 @@ def test_real_fashion_mnist() -> None:
     assert dataset.train_labels[:5].tolist() == [9, 0, 0, 3, 0]
     assert torch.bincount(dataset.train_labels).tolist() == [6000] * 10
     assert torch.bincount(dataset.test_labels).tolist() == [1000] * 10
+
+
+def test_a_data_set_goes_to_a_device_as_a_whole() -> None:
+    digits = load_dataset("digits")
+    moved = digits.to(torch.device("meta"))
+    tensors = [one for one in vars(moved).values() if isinstance(one, torch.Tensor)]
+    assert len(tensors) == 4
+    assert {one.device.type for one in tensors} == {"meta"}
+    assert (moved.name, moved.classes, moved.input_shape) == ("digits", 10, digits.input_shape)

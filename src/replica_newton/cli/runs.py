@@ -39,7 +39,7 @@ from replica_newton.report.watching import check_trackers, report_curvature, wat
 from replica_newton.topology import Simulated
 from replica_newton.topology.processes import Processes
 from replica_newton.trackers import TRACKERS
-from replica_newton.training.command import cast, joined
+from replica_newton.training.command import cast, device_named, joined
 from replica_newton.training.comparison import Comparison, plan
 from replica_newton.training.datasets import load_dataset
 from replica_newton.training.loop import train as train_run
@@ -65,7 +65,8 @@ _METHODS_HELP = "; ".join(f"[bold]{name}[/bold]: {method.description}" for name,
     "[bold]replica-newton train --dataset mnist --data mnist.npz --method adam --out runs/adam[/bold]\n\n"
     "[bold]replica-newton train --out runs/adam --dataset mnist --data mnist.npz --method adam --resume[/bold]\n\n"
     "[bold]replica-newton train --method paper --topology server --servers 2 --processes 6[/bold]\n\n"
-    "[bold]replica-newton train --method sgd --monitor 10 --tracker jsonl[/bold]"
+    "[bold]replica-newton train --method sgd --monitor 10 --tracker jsonl[/bold]\n\n"
+    "[bold]replica-newton train --dataset cifar10 --data cifar10.npz --method metric --device cuda[/bold]"
 )
 def train(
     method: Annotated[str, typer.Option(help=f"Method. {_METHODS_HELP}.")] = "paper",
@@ -82,6 +83,10 @@ def train(
     activation: ActivationOption = Activation.relu,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, or cuda:1 for one of several GPUs; of several processes each takes one in turn."),
+    ] = "cpu",
     topology: Annotated[
         Where, typer.Option(help="Where the replicas live: in this process (simulated), or in one each (tree, server).")
     ] = Where.simulated,
@@ -122,6 +127,7 @@ def train(
         servers=who.servers,
     )
     torch.set_num_threads(threads)
+    own_device = device_named(device, who.place)
     where = "" if topology is Where.simulated else f"-{topology}"
     name = f"{dataset}-{method}-M{config.replicas}-rate{config.learning_rate:g}-seed{seed}{where}"
     folder = out or Path("runs") / name
@@ -148,7 +154,7 @@ def train(
         raise typer.Exit(ended.status if ended.status >= 0 else USAGE_ERROR)
     with joined(config, who.place) as where_replicas_live:
         state = saved(where_replicas_live)
-        loaded = load_dataset(dataset, data, train_limit=train_limit)
+        loaded = load_dataset(dataset, data, train_limit=train_limit).to(own_device)
         config.check_fits(len(loaded.train_labels))
         make_folder(folder)
         speaks = where_replicas_live.position == where_replicas_live.layout.first_worker

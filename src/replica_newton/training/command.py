@@ -1,9 +1,10 @@
-"""The command `train` over several processes: who takes part, how they start and how they join."""
+"""The command `train`: over several processes, who takes part, how they start and how they join; and on what device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from replica_newton.launch import Place, init_processes
@@ -105,6 +106,32 @@ def joined(config: RunConfig, place: Place | None) -> Iterator[Simulated | TreeR
     finally:
         # Threads of the group that outlive the interpreter would end the process by an abort.
         dist.destroy_process_group()
+
+
+def device_named(name: str, place: Place | None) -> torch.device:
+    """The device that this process trains on.
+
+    Args:
+        name: "cpu", "cuda", or "cuda:1" for one of several.
+        place: of this process among several, which take the devices of their machine in turn; None where it is alone.
+
+    Returns:
+        The device; where `name` says no number, with that of this process.
+
+    Raises:
+        RunError: if there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    _require(device.type in {"cpu", "cuda"}, f"device must be cpu, cuda or cuda:0 and so on, got {name!r}")
+    if device.type == "cpu":
+        return device
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    _require((device.index or 0) < there, f"device must be cpu or one of the {there} GPUs of CUDA here, got {name!r}")
+    local_rank = 0 if place is None else place.local_rank
+    return torch.device("cuda", local_rank % there if device.index is None else device.index)
 
 
 def _require(condition: bool, rule: str) -> None:

@@ -6,7 +6,7 @@ Nothing is downloaded. Every reader checks what it reads: a wrong or damaged fil
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class Dataset:
         """Shape of one image: channels, height, width."""
         channels, height, width = self.train_inputs.shape[1:]
         return channels, height, width
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same data on a device."""
+        names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class _Split(NamedTuple):

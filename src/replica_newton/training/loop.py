@@ -72,7 +72,7 @@ def train(
 
     Args:
         state: the run; changed in place as epochs finish.
-        dataset: the data that its config names.
+        dataset: the data that its config names; the network lives on their device.
         folder: where to save after every epoch; None saves nothing.
         observer: is told of every step and epoch.
         watch: looks on; its gradients are not counted as the run's, its time is.
@@ -88,6 +88,7 @@ def train(
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     torch.manual_seed(config.seed)
     model = reference_convnet(dataset.input_shape, dataset.classes, activation=config.activation)
+    model.to(dataset.train_inputs.device)
     topology = topology or Simulated(config.replicas)
     rate = config.learning_rate or 0.0
     optimizer = METHODS[config.method].make(model.parameters(), rate, topology)
