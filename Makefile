@@ -1,6 +1,7 @@
 # make demo   replicas train a convnet on real digits; ends with a table and a report (under a minute)
 # make demo-distributed   the same training in one process, over a tree and with a parameter server, in 4 and 5 processes
 # make test   the whole test suite
+# make test-trackers   installs wandb, mlflow and trackio too (600 MB), and tests what they keep
 # make lint   style, docstrings and types
 # Each creates .venv and installs on its first call; later calls start at once.
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-distributed test lint benchmark clean
+.PHONY: demo demo-distributed test test-trackers lint benchmark clean
 
 demo: $(READY)
 	$(BIN)/replica-newton compare --dataset digits --methods sgd,paper --replicas 1,2,4,8 \
@@ -20,6 +21,11 @@ demo-distributed: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n 2
+
+test-trackers: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 \
+		--editable ".[dev,wandb,mlflow,trackio]"
+	$(BIN)/pytest tests/test_trackers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
