@@ -4,6 +4,8 @@ import io
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import F64, normal, symmetric
 from torch import Tensor
 
@@ -214,6 +216,41 @@ def test_a_matrix_of_lower_rank_has_no_other_eigenvalues(count: int):
     expected = torch.tensor([3.0, -2.0, 1.0, 0.0, 0.0, 0.0], dtype=F64)
     torch.testing.assert_close(space.eigenvalues, expected, rtol=0.0, atol=1e-4)
     assert_orthonormal(space.eigenvectors)
+
+
+@given(
+    size=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+    order=st.integers(1, 8),
+    count=st.integers(1, 12),
+    decades=st.sampled_from([0, 3, 9, 18]),
+    rank=st.integers(0, 40),
+    noise=st.sampled_from([0.0, 1e-6, 1.0, 100.0]),
+    smoothing=st.sampled_from([0.1, 0.5, 1.0]),
+    vanishes=st.sampled_from([1.0, 0.0, 2.0**-140]),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_responses_are_the_basis_is_orthonormal_and_all_is_finite(
+    size: int,
+    seed: int,
+    order: int,
+    count: int,
+    decades: int,
+    rank: int,
+    noise: float,
+    smoothing: float,
+    vanishes: float,
+):
+    spectrum = 10.0 ** torch.linspace(0.0, -decades, size, dtype=F64) * (torch.arange(size) < rank)
+    H = symmetric(spectrum, seed=seed)
+    space = TrackedSubspace(min(order, size), size, smoothing=smoothing, seed=seed)
+    for step in range(24):
+        E = noise * normal(size, size, seed=step)
+        probe(space, (1.0 if step < 12 else vanishes) * (H + E + E.T), count)
+        if len(space.eigenvectors):
+            assert_orthonormal(space.eigenvectors)
+        for numbers in (space.eigenvalues, space.residuals):
+            assert bool(numbers.isfinite().all())
 
 
 @pytest.mark.parametrize("zeros", [1, 3, 10])

@@ -435,7 +435,8 @@ class TrackedSubspace:
             gram = turn @ self._response_gram @ turn.T
             # A pair without response keeps its direction: QR would complete with coordinate axes, always the same ones.
             longest = float(gram.diagonal().max().clamp_min(0.0).sqrt())
-            on_responses, on_vectors = (turn / longest, 1e-7 * turn) if longest else (0.0 * turn, turn)
+            some_response = longest > torch.finfo(Z.dtype).tiny
+            on_responses, on_vectors = (turn / longest, 1e-7 * turn) if some_response else (0.0 * turn, turn)
             mixed = on_vectors @ P @ on_responses.T
             gram = on_responses @ self._response_gram @ on_responses.T + mixed + mixed.T + on_vectors @ on_vectors.T
             rows = torch.empty_like(Z)
@@ -465,8 +466,14 @@ class TrackedSubspace:
             if gram is None:
                 gram, products = self._products(rows, (rows, *others)).tensor_split([len(rows)], dim=1)
             lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-            shift = _SHIFT if summed else _ROUGH_SHIFT
-            lower = torch.linalg.cholesky(gram / torch.outer(lengths, lengths) + shift * eye)
+            cosines = gram / torch.outer(lengths, lengths)
+            if summed:
+                lower = torch.linalg.cholesky(cosines + _SHIFT * eye)
+            else:
+                lower, failed = torch.linalg.cholesky_ex(cosines + _ROUGH_SHIFT * eye)
+                if int(failed):
+                    gram = None
+                    continue
             turn = torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False)
             products, turned = turn @ products, turn.to(rows)
             for (some,) in column_chunks(rows):
