@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -55,17 +56,18 @@ def main() -> None:
         figure.savefig(options.out / f"scaling.{suffix}", dpi=150)
     console = Console()
     console.print(
-        f"{model.latency * 1e6:.1f} microseconds a message, {model.byte * 1e9:.3f} ns a byte, "
-        f"{model.element * 1e9:.2f} ns an element, {model.product * 1e9:.3f} ns a multiply-add; "
+        f"{model.call * 1e3:.2f} ms a step, {model.latency * 1e6:.1f} microseconds a message, "
+        f"{model.byte * 1e9:.3f} ns a byte, {model.element * 1e9:.2f} ns an element, "
+        f"{model.product * 1e9:.3f} ns a multiply-add; "
         f"error {result['median_error']:.0%} in the median, {result['largest_error']:.0%} at most"
     )
-    table = Table(title="extrapolated step, ms: one replica a machine")
-    for column in ("N", "M", "gradient", "latency", "bandwidth", "vectors", "algebra", "total"):
+    table = Table(title="extrapolated step, ms: one replica a machine", box=SIMPLE)
+    for column in ("N", "M", "gradient", "latency", "bytes", "vectors", "algebra", "calls", "total"):
         table.add_column(column, justify="right")
     for one in extrapolation:
         if one["replicas"] in {8, 64, 1024}:
-            parts = (f"{one['milliseconds'][name]:.2f}" for name in one["milliseconds"])
-            table.add_row(f"{one['parameters']:,}", f"{one['replicas']:,}", *parts)
+            parts = (f"{one['milliseconds'][name]:.1f}" for name in one["milliseconds"])
+            table.add_row(f"{one['parameters'] / 1e6:.3f} M", f"{one['replicas']:,}", *parts)
     console.print(table)
 
 
@@ -113,7 +115,7 @@ def draw(measurements: list[Measurement], model: CostModel, extrapolation: list[
     near.set_ylabel("time of a step (ms)")
     for axes in (near, far):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_xlabel("replicas M")
         axes.grid(True, which="major", color="#dddddd")
         axes.set_axisbelow(True)

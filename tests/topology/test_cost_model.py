@@ -5,7 +5,7 @@ import pytest
 from replica_newton.topology.cost_model import CostModel, Measurement, Setting, fit, work
 from replica_newton.topology.estimate import estimate
 
-TRUE = CostModel(latency=2e-5, byte=4e-10, element=3e-9, product=2e-10)
+TRUE = CostModel(latency=2e-5, byte=4e-10, element=3e-9, product=2e-10, call=1e-3)
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 8])
@@ -28,7 +28,9 @@ def test_a_step_by_hand() -> None:
     assert step.bandwidth == pytest.approx(1.5 * (2.25 * 500 * 4 + 1.25 * 11 * 8) * 4e-10)
     assert step.vectors == pytest.approx(1.5 * 1000 * 3e-9)
     assert step.algebra == pytest.approx(1.5 * (9 * 500 + 8) * 2e-10)
-    assert step.total == pytest.approx(sum((step.gradient, step.latency, step.bandwidth, step.vectors, step.algebra)))
+    assert step.overhead == pytest.approx(1.5 * 1.25 * 1e-3)
+    parts = step.gradient, step.latency, step.bandwidth, step.vectors, step.algebra, step.overhead
+    assert step.total == pytest.approx(sum(parts))
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:
@@ -39,17 +41,17 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
             gradient = 1e-8 * parameters
             measurements.append(Measurement(setting, gradient, TRUE.step(setting, gradient).total))
     found = fit(measurements)
-    for name in ("latency", "byte", "element", "product"):
+    for name in ("latency", "byte", "element", "product", "call"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
 
 
 def test_costs_are_not_negative_even_where_noise_would_make_them_so() -> None:
     measurements = [Measurement(Setting(10**size, 2**size), 1.0, 1.0 + (-0.01) ** size) for size in range(1, 6)]
     model = fit(measurements)
-    assert min(model.latency, model.byte, model.element, model.product) >= 0.0
+    assert min(model.latency, model.byte, model.element, model.product, model.call) >= 0.0
     assert math.isfinite(model.step(Setting(10**6, 1024), 1.0).total)
 
 
-def test_four_costs_need_four_measurements() -> None:
-    with pytest.raises(ValueError, match="at least four measurements, got 1"):
+def test_five_costs_need_five_measurements() -> None:
+    with pytest.raises(ValueError, match="at least five measurements, got 1"):
         fit([Measurement(Setting(10, 2), 1.0, 2.0)])

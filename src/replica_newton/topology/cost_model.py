@@ -53,12 +53,14 @@ class Work:
         sent: bytes to other processes.
         elements: of the vectors that the step makes or reads, in units of rows of N elements.
         products: fp64 multiply-adds of inner products and of the algebra of M×M matrices.
+        calls: of the step and of its second gradients, with their small operations, whatever they work on.
     """
 
     messages: float
     sent: float
     elements: float
     products: float
+    calls: float
 
 
 def work(setting: Setting) -> Work:
@@ -83,6 +85,7 @@ def work(setting: Setting) -> Work:
         sent=(2 + second) * row + (1 + second) * sent_for_a_sum(*sums) * _SUM_BYTES,
         elements=float(N),
         products=(2 * M - 1) ** 2 * N / M + M**3,
+        calls=1.0 + second,
     )
 
 
@@ -96,6 +99,7 @@ class StepTime:
         bandwidth: sending.
         vectors: passes over vectors.
         algebra: inner products and M×M matrices.
+        overhead: small operations.
     """
 
     gradient: float
@@ -103,6 +107,7 @@ class StepTime:
     bandwidth: float
     vectors: float
     algebra: float
+    overhead: float
 
     @property
     def total(self) -> float:
@@ -114,7 +119,8 @@ class StepTime:
 class CostModel:
     """Step time as a sum of amounts of work times their costs.
 
-        t = (1 + 1/K) t_gradient + c · (messages · latency + sent · byte + N · element + products · product)
+        t = (1 + 1/K) t_gradient
+            + c · (messages · latency + sent · byte + N · element + products · product + (1 + 1/K) call)
 
     with the `crowding` c; `t_gradient` is what a gradient takes under that crowding. The overlap of communication with
     the backward pass is in the fitted costs, as far as there was any where they were measured, and is not modelled.
@@ -124,12 +130,14 @@ class CostModel:
         byte: seconds a byte sent, the inverse of the bandwidth.
         element: seconds that all passes over a vector take an element.
         product: seconds a multiply-add.
+        call: seconds of small operations a step.
     """
 
     latency: float
     byte: float
     element: float
     product: float
+    call: float
 
     def step(self, setting: Setting, gradient: float) -> StepTime:
         """What a step takes.
@@ -149,6 +157,7 @@ class CostModel:
             bandwidth=c * amounts.sent * self.byte,
             vectors=c * amounts.elements * self.element,
             algebra=c * amounts.products * self.product,
+            overhead=c * amounts.calls * self.call,
         )
 
 
@@ -156,21 +165,21 @@ def fit(measurements: Sequence[Measurement]) -> CostModel:
     """Costs that describe measured steps best: non-negative least squares of the relative errors.
 
     Args:
-        measurements: at least four, that differ in N and M.
+        measurements: at least five, that differ in N and M.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if there are fewer than four measurements.
+        ValueError: if there are fewer than five measurements.
     """
     from sklearn.linear_model import LinearRegression  # half a second, which only this function is worth
 
     if len(measurements) < len(CostModel.__dataclass_fields__):
-        raise ValueError(f"a fit of four costs needs at least four measurements, got {len(measurements)}")
+        raise ValueError(f"a fit of five costs needs at least five measurements, got {len(measurements)}")
     rows = [[one.setting.crowding * amount / one.step for amount in astuple(work(one.setting))] for one in measurements]
     seconds = [
-        (one.step - CostModel(0.0, 0.0, 0.0, 0.0).step(one.setting, one.gradient).total) / one.step
+        (one.step - CostModel(0.0, 0.0, 0.0, 0.0, 0.0).step(one.setting, one.gradient).total) / one.step
         for one in measurements
     ]
     # Columns of one size: amounts differ by ten orders of magnitude.
