@@ -15,7 +15,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -61,13 +60,13 @@ def main() -> None:
         f"{model.product * 1e9:.3f} ns a multiply-add; "
         f"error {result['median_error']:.0%} in the median, {result['largest_error']:.0%} at most"
     )
-    table = Table(title="extrapolated step, ms: one replica a machine", box=SIMPLE)
-    for column in ("N", "M", "gradient", "latency", "bytes", "vectors", "algebra", "calls", "total"):
+    table = Table(title="extrapolated step, ms: one replica a machine", box=None, pad_edge=False)
+    for column in ("N, k", "M", "gradient", "latency", "bytes", "vectors", "algebra", "calls", "total"):
         table.add_column(column, justify="right")
     for one in extrapolation:
         if one["replicas"] in {8, 64, 1024}:
             parts = (f"{one['milliseconds'][name]:.1f}" for name in one["milliseconds"])
-            table.add_row(f"{one['parameters'] / 1e6:.3f} M", f"{one['replicas']:,}", *parts)
+            table.add_row(f"{one['parameters'] / 1e3:,.0f}", f"{one['replicas']:,}", *parts)
     console.print(table)
 
 
