@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -317,6 +318,8 @@ def draw(run: list[dict[str, Any]]) -> Figure:
     axes.set_xlabel("training steps")
     axes.set_ylabel("sharpness")
     axes.set_title("Sharpness while training, monitored and exact (MNIST)")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="major", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
