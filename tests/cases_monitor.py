@@ -31,13 +31,14 @@ def watched_run(
     step: float | None = None,
     plain: bool = False,
     reuse: bool = False,
+    bucket_bytes: int = 25 << 20,
 ) -> dict[str, Any]:
     """Ten training steps watched by every second call: process `rank` of `count`, or all replicas at once (None)."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
     build = torch.optim.Adam if adam else torch.optim.SGD
     optimizer = build(module.parameters(), 0.05)
-    topology = Simulated(count) if rank is None else TreeReduction(timeout=60.0)
+    topology = Simulated(count) if rank is None else TreeReduction(timeout=60.0, bucket_bytes=bucket_bytes)
     monitor = CurvatureMonitor(
         module,
         optimizer=optimizer,

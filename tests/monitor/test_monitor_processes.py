@@ -32,10 +32,11 @@ def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
         (2, {}),
         (3, {"order": 3, "adam": True}),
         (3, {"order": 2}),
+        (2, {"bucket_bytes": 100}),
         (2, {"step": 1e-3, "plain": True}),
         (2, {"step": 1e-3, "plain": True, "reuse": True}),
     ],
-    ids=["in-turns", "adam", "more-than-the-rank", "differences", "reused"],
+    ids=["in-turns", "adam", "more-than-the-rank", "many-buckets", "differences", "reused"],
 )
 def test_processes_see_what_simulated_replicas_see(count: int, options: dict, tmp_path: Path):
     results = run_processes(tmp_path, count, cases_monitor.watched_run, **options)

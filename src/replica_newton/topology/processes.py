@@ -252,7 +252,7 @@ class Processes(LastingMembers):
         return row
 
     def columns(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """The columns that this process holds, from the rows of all replicas, of several kinds at once.
+        """The columns that this process holds, from the rows of all replicas, of several kinds; small ones at once.
 
         Args:
             rows: `(N,)` each, those of the local replica; called by all processes, each of which must have one.
@@ -260,6 +260,8 @@ class Processes(LastingMembers):
         Returns:
             `(M, n)` of every kind; columns beyond N are zero.
         """
+        if len(rows) > 1 and len(self._buckets.groups) > 1:
+            return tuple(self.columns(row)[0] for row in rows)
 
         def started(bucket: Bucket) -> Arrival:
             pieces = [self._buckets.split(bucket, [row[bucket.elements]]) for row in rows]
