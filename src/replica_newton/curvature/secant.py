@@ -280,7 +280,7 @@ class SecantCurvature:
             products = torch.cat((dots, inner_products(rows, rows)), dim=1)[0]
             products = products if self._total is None else self._total(products)
         on_W, on_G, square = torch.split(products, [self.replicas - 1, self.replicas - 1, 1])
-        weights = self._vector_weights if z is self._vector else (on_G + self.damping * on_W) @ self._inverse_gram
+        weights = self._vector_weights if z is self._vector else self._weights_from(on_W, on_G)
         return float(square[0] + weights @ ((1.0 - self.damping) * on_W - on_G))
 
     def hvp(self, z: Tensor) -> Tensor:
@@ -351,7 +351,10 @@ class SecantCurvature:
     @cached_property
     def _vector_weights(self) -> Tensor:
         """These of the vector that was given."""
-        on_W, on_G = torch.split(self._vector_products[0, :-1], self.replicas - 1)
+        return self._weights_from(*torch.split(self._vector_products[0, :-1], self.replicas - 1))
+
+    def _weights_from(self, on_W: Tensor, on_G: Tensor) -> Tensor:
+        """These of a z, from its inner products with the rows of W and of G but the first."""
         return (on_G + self.damping * on_W) @ self._inverse_gram
 
     def _dots(self, z: Tensor) -> Tensor:
