@@ -10,12 +10,14 @@ from processes import run_processes
 
 from replica_newton.topology.buckets import Buckets
 
-
-@given(
+PARTITIONS = given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
     holders=st.integers(1, 5),
     bucket_bytes=st.integers(1, 600),
 )
+
+
+@PARTITIONS
 def test_buckets_are_a_partition(sizes: list[int], holders: int, bucket_bytes: int) -> None:
     buckets = Buckets(sizes, torch.float32, holders, bucket_bytes)
     vector = torch.arange(1.0, sum(sizes) + 1.0)
@@ -35,11 +37,7 @@ def test_buckets_are_a_partition(sizes: list[int], holders: int, bucket_bytes: i
             assert torch.equal(row, part[bucket.columns])
 
 
-@given(
-    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
-    holders=st.integers(1, 5),
-    bucket_bytes=st.integers(1, 600),
-)
+@PARTITIONS
 def test_groups_are_small_and_have_every_bucket_in_its_place(sizes: list[int], holders: int, bucket_bytes: int) -> None:
     buckets = Buckets(sizes, torch.float32, holders, bucket_bytes)
     assert [bucket for group in buckets.groups for bucket in group] == list(buckets)

@@ -113,13 +113,14 @@ class CurvatureMonitor:
         self._size = sum(parameter.numel() for parameter in self._parameters)
         if self._processes is not None:
             self._processes.lay_out(self._parameters)
+        self._shared = None if self._processes is None else _Shared(self._processes, every)
         new_space = partial(
             TrackedSubspace,
             rank,
             self._size,
             smoothing=smoothing,
             device=self._parameters[0].device,
-            columns=None if self._processes is None else _Shared(self._processes, every),
+            columns=self._shared,
         )
         self.subspace = new_space(seed=seed)
         self.preconditioned: TrackedSubspace | None = None
@@ -266,7 +267,7 @@ class CurvatureMonitor:
         return rows if self._processes is None else self._processes.columns(*(own[0] for own in rows))
 
     def _total(self, sums: Tensor) -> Tensor:
-        return sums if self._processes is None else self._processes.total(sums, steps=self.every)
+        return sums if self._shared is None else self._shared.total(sums)
 
     def _next_space(self) -> tuple[TrackedSubspace, Tensor | None, float]:
         """The space that is to be probed, the diagonal of P^-½ for the preconditioned one, and the decay within it."""

@@ -265,7 +265,7 @@ class Processes(LastingMembers):
 
         def started(bucket: Bucket) -> Arrival:
             pieces = [self._buckets.split(bucket, [row[bucket.elements]]) for row in rows]
-            sent, width = torch.cat(pieces, dim=1), len(rows) * bucket.width
+            sent, width = pieces[0] if len(rows) == 1 else torch.cat(pieces, dim=1), len(rows) * bucket.width
             wait = self._all.start_exchange(sent, self._workers, self._holders, width, "responses")
             return lambda: wait().reshape(len(rows) * self.replicas, -1)
 
@@ -436,7 +436,7 @@ class Processes(LastingMembers):
 
         Args:
             sums: fp64 on the CPU, of some M² elements.
-            steps: that this sum is made once in: the fewer the steps, the more bytes for the less time.
+            steps: that this sum is made once in: the more there are, the more bytes it may send to take less time.
 
         Returns:
             The sum, of the same shape.
