@@ -2,19 +2,21 @@
 
 The reference convnet is trained on 20,000 images of MNIST by SGD with momentum, batch 256. Monitors watch, each probing
 every tenth step: eight replicas, eight directions at once, each on its own shard of 32 samples, by exact products and
-by differences of gradients; eight replicas with a batch of 256 each; and one process, one direction in turn, on the
-batch. The truth is the Hessian of the training loss at the same parameters: SciPy's Lanczos (`eigsh`) on exact
-Hessian-vector products over all 20,000 samples, at every sixth probe from step 120. (Over fewer, the truth would have a
-sampling error of its own: one batch of 256 is off by 23 % along the sharpest direction, 5,000 samples by 5 %.)
+by differences of gradients, and keeping its pairs in bfloat16; eight replicas with a batch of 256 each; and one
+process, one direction in turn, on the batch. The truth is the Hessian of the training loss at the same parameters:
+SciPy's Lanczos (`eigsh`) on exact Hessian-vector products over all 20,000 samples, at every sixth probe from step 120.
+(Over fewer, the truth would have a sampling error of its own: one batch of 256 is off by 23 % along the sharpest
+direction, 5,000 samples by 5 %.)
 A monitor never touches a run, so the runs and their truths are made first, and can be kept. What one batch can know is
 measured beside them: the curvature `xᵀ H x` of the batch along the exact eigenvectors x. At the end of the first run
 the network is frozen, and a monitor looks at one batch of 512 again and again; the truth is then Lanczos on the same
 batch.
 
-Writes `monitor_accuracy.json`, `.png` and `.svg`; errors are medians over all compared points of all runs, and coverage
+Monitors of every kind start from several sets of first directions, which decide what noise they see. Writes
+`monitor_accuracy.json`, `.png` and `.svg`; errors are medians over all compared points of all of them, and coverage
 is the share of exact eigenvalues, of the top five, in the monitor's 90 % intervals `θ ± 1.645 · uncertainty`.
 
-    python benchmarks/monitor_accuracy.py --data mnist.npz --keep runs     # an hour, ten minutes with the runs kept
+    python benchmarks/monitor_accuracy.py --data mnist.npz --keep runs     # an hour, a third of it with the runs kept
 """
 
 import argparse
@@ -56,17 +58,20 @@ class Watcher(NamedTuple):
         batches: of 256 samples that are looked at, each replica's share an equal one.
         relative_step: see `CurvatureMonitor`.
         colour: in the figure; None leaves it out.
+        dtype: in which pairs are kept.
     """
 
     replicas: int | None
     batches: int = 1
     relative_step: float | None = None
     colour: str | None = None
+    dtype: torch.dtype = torch.float32
 
 
 MONITORS = {
     "8 replicas, 32 samples each": Watcher(RANK, colour="#D55E00"),
     "8 replicas, 32 samples each, differences": Watcher(RANK, relative_step=3e-3),
+    "8 replicas, 32 samples each, bfloat16": Watcher(RANK, dtype=torch.bfloat16),
     "8 replicas, 256 samples each": Watcher(RANK, RANK, colour="#009E73"),
     "one process, directions in turn": Watcher(None, colour="#0072B2"),
 }
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--first-seed", type=int, default=9, help="the first (default 9: with 0 to 3 the smoothing was chosen)"
     )
+    parser.add_argument("--starts", type=int, default=4, help="monitors of every kind beside a run (default 4)")
     parser.add_argument(
         "--keep", type=Path, help="folder where runs and truths are kept, and taken from if they are there"
     )
@@ -88,18 +94,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset("mnist", options.data, train_limit=SAMPLES)
-    if options.steps <= FIRST_STEP or options.seeds < 1:
-        parser.error(f"--steps must be > {FIRST_STEP} and --seeds >= 1, got {options.steps} and {options.seeds}")
+    if options.steps <= FIRST_STEP:
+        parser.error(f"--steps must be > {FIRST_STEP}, got {options.steps}")
+    if min(options.seeds, options.starts) < 1:
+        parser.error(f"--seeds and --starts must be >= 1, got {options.seeds} and {options.starts}")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     trained = [train(dataset, options.steps, seed, options.keep) for seed in seeds]
     frozen = watch_frozen(dataset, trained[0])
-    runs = [watch(dataset, run, f"monitors, run {seed}") for seed, run in zip(seeds, trained, strict=True)]
+    runs = [
+        watch(dataset, run, start, f"monitors, run {seed}, start {start}")
+        for seed, run in zip(seeds, trained, strict=True)
+        for start in range(options.starts)
+    ]
     errors = {name: relative_errors(runs, name) for name in (*MONITORS, ONE_BATCH)}
     covered = {name: {"top": coverage(runs, name, 1), "five": coverage(runs, name, TOP)} for name in MONITORS}
     result = {
         "steps": options.steps,
         "every": EVERY,
         "seeds": list(seeds),
+        "starts": options.starts,
         "errors": errors,
         "coverage": covered,
         "frozen": frozen,
@@ -109,8 +122,9 @@ def main() -> None:
     figure = draw(runs[0])
     for suffix in ("png", "svg"):
         figure.savefig(options.out / f"monitor_accuracy.{suffix}", dpi=150)
-    off = [abs(a - b) / b for a, b in zip(frozen["monitor"], frozen["Lanczos"], strict=True)]
-    Console().print(f"frozen: error of the top eigenvalue {off[0]:.2%}, largest of the top five {max(off):.2%}")
+    for kept in ("float32", "bfloat16"):
+        off = [abs(a - b) / b for a, b in zip(frozen[kept], frozen["Lanczos"], strict=True)]
+        Console().print(f"frozen, {kept}: error of the top eigenvalue {off[0]:.2%}, of the top five ≤ {max(off):.2%}")
     for name, error in errors.items():
         Console().print(
             f"{name}: median error of the top eigenvalue {error['top']:.1%}, of the top five {error['five']:.1%}"
@@ -160,11 +174,11 @@ def train(dataset: Dataset, steps: int, seed: int, keep: Path | None) -> Run:
     return run
 
 
-def watch(dataset: Dataset, run: Run, title: str) -> list[dict[str, Any]]:
-    """What the monitors saw beside a run, where they are compared."""
+def watch(dataset: Dataset, run: Run, start: int, title: str) -> list[dict[str, Any]]:
+    """What monitors with the first directions of a seed saw beside a run, where they are compared."""
     model = reference_convnet(dataset.input_shape)
     monitors = {
-        name: CurvatureMonitor(model, rank=RANK, every=1, relative_step=how.relative_step)
+        name: CurvatureMonitor(model, rank=RANK, every=1, relative_step=how.relative_step, dtype=how.dtype, seed=start)
         for name, how in MONITORS.items()
     }
     seen = []
@@ -203,16 +217,18 @@ def probed(monitor: CurvatureMonitor, evaluate: Any) -> CurvatureObservation:
 
 
 def watch_frozen(dataset: Dataset, run: Run) -> dict[str, list[float]]:
-    """The top five of the last network, on one batch: as a monitor sees them in the end, and exact ones."""
+    """The top five of the last network, on one batch: exact ones, and as monitors of both precisions see them."""
     model = reference_convnet(dataset.input_shape)
     with torch.no_grad():
         nn.utils.vector_to_parameters(run.points[max(run.points)], model.parameters())
     x, y = dataset.train_inputs[:FROZEN_SAMPLES], dataset.train_labels[:FROZEN_SAMPLES]
-    monitor = CurvatureMonitor(model, rank=RANK, every=1, smoothing=0.5)
-    for _ in track(range(FROZEN_PROBES), "frozen", transient=True):
-        seen = probed(monitor, partial(loss, model, x, y))
-    found = seen.eigenvalues.sort(descending=True).values[:TOP]
-    return {"monitor": rounded(found), "Lanczos": lanczos(model, x, y, tolerance=1e-4)[0]}
+    found = {"Lanczos": lanczos(model, x, y, tolerance=1e-4)[0]}
+    for dtype in (torch.float32, torch.bfloat16):
+        monitor = CurvatureMonitor(model, rank=RANK, every=1, smoothing=0.5, dtype=dtype)
+        for _ in track(range(FROZEN_PROBES), "frozen", transient=True):
+            seen = probed(monitor, partial(loss, model, x, y))
+        found[str(dtype).removeprefix("torch.")] = rounded(seen.eigenvalues.sort(descending=True).values[:TOP])
+    return found
 
 
 def batch(dataset: Dataset, run: Run, step: int, batches: int = 1) -> tuple[Tensor, Tensor]:

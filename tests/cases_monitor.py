@@ -31,6 +31,7 @@ def watched_run(
     step: float | None = None,
     plain: bool = False,
     reuse: bool = False,
+    dtype: torch.dtype = torch.float32,
     bucket_bytes: int = 25 << 20,
 ) -> dict[str, Any]:
     """Ten training steps watched by every second call: process `rank` of `count`, or all replicas at once (None)."""
@@ -44,6 +45,7 @@ def watched_run(
         optimizer=optimizer,
         rank=order,
         every=2,
+        dtype=dtype,
         topology=topology,
         relative_step=step,
         reuse_gradient=reuse,
@@ -80,7 +82,7 @@ def watched_run(
         "eigenvectors": monitor.eigenvectors,
         "hvp": monitor.hvp(z),
         "inverse_hvp": monitor.inverse_hvp(z, 1.0, absolute=True),
-        "state": {k: v.numel() for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
+        "bytes": {k: v.nbytes for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
         "size": size,
     }
 

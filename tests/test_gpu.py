@@ -170,7 +170,9 @@ def test_autocast_around_the_loss_learns_too() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"relative_step": 1e-6}], ids=["exact", "difference"])
+@pytest.mark.parametrize(
+    "options", [{}, {"relative_step": 1e-6}, {"dtype": torch.bfloat16}], ids=["exact", "difference", "bfloat16"]
+)
 @pytest.mark.parametrize("M", [None, 4])
 def test_a_monitor_sees_what_it_sees_on_the_cpu_and_leaves_no_trace(M: int | None, options: dict[str, Any]) -> None:
     seen, ends = [], []
@@ -193,10 +195,11 @@ def test_a_monitor_sees_what_it_sees_on_the_cpu_and_leaves_no_trace(M: int | Non
         seen.append(one)
         ends.append(flat(trained(problem.module)).cpu())
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
-    # The directions of a space are kept in fp32.
+    # The directions of a space are kept in fp32; in bfloat16 they are rounded at random, by other numbers on a GPU.
+    rounding = 0.05 if "dtype" in options else 1e-3
     ours, theirs = (one.eigenvalues.cpu() for one in seen)
-    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
-    assert seen[1].stability_ratio == pytest.approx(seen[0].stability_ratio, rel=1e-2)
+    torch.testing.assert_close(theirs, ours, rtol=rounding, atol=rounding * float(ours.abs().max()))
+    assert seen[1].stability_ratio == pytest.approx(seen[0].stability_ratio, rel=10 * rounding)
     if M is not None:
         assert seen[1].gradient_noise_scale == pytest.approx(seen[0].gradient_noise_scale, rel=1e-6)
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from replica_newton import CurvatureMonitor, Simulated
 
 
-def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
-    close = {"rtol": 1e-3, "atol": 1e-4}
+def check_same(one: dict[str, Any], alone: dict[str, Any], *, rounding: float) -> None:
+    close = {"rtol": rounding, "atol": rounding / 10}
     assert len(one["seen"]) == len(alone["seen"]) > 4
     for left, right in zip(one["seen"], alone["seen"], strict=True):
         assert left.keys() == right.keys()
@@ -23,7 +23,7 @@ def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
                 left[name], right[name], **close, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
             )
     for name in ("eigenvectors", "hvp", "inverse_hvp"):
-        torch.testing.assert_close(one[name], alone[name], rtol=1e-2, atol=3e-3)
+        torch.testing.assert_close(one[name], alone[name], rtol=10 * rounding, atol=3 * rounding)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,16 @@ def check_same(one: dict[str, Any], alone: dict[str, Any]) -> None:
         (2, {"bucket_bytes": 100}),
         (2, {"step": 1e-3, "plain": True}),
         (2, {"step": 1e-3, "plain": True, "reuse": True}),
+        (3, {"dtype": torch.bfloat16}),
     ],
-    ids=["in-turns", "adam", "more-than-the-rank", "many-buckets", "differences", "reused"],
+    ids=["in-turns", "adam", "more-than-the-rank", "many-buckets", "differences", "reused", "bfloat16"],
 )
 def test_processes_see_what_simulated_replicas_see(count: int, options: dict, tmp_path: Path):
     results = run_processes(tmp_path, count, cases_monitor.watched_run, **options)
     alone = cases_monitor.watched_run(None, count, **(options | {"plain": False, "reuse": False}))
     for result in results:
-        check_same(result, alone)
+        # bfloat16 is rounded at random, in every process by other numbers.
+        check_same(result, alone, rounding=0.05 if "dtype" in options else 1e-3)
         assert torch.equal(result["eigenvectors"], results[0]["eigenvectors"])
         scales = [one["gradient_noise_scale"] for one in result["seen"]]
         if options.get("reuse"):  # the first is compared
@@ -53,12 +55,17 @@ def test_processes_see_what_simulated_replicas_see(count: int, options: dict, tm
             assert scales == pytest.approx([one["gradient_noise_scale"] for one in alone["seen"]], rel=1e-3)
 
 
-def test_a_process_keeps_its_columns_and_no_more(tmp_path: Path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_keeps_its_columns_and_no_more(dtype: torch.dtype, tmp_path: Path):
     order, count = 4, 2
-    result, _ = run_processes(tmp_path, count, cases_monitor.watched_run, order=order)
-    columns = -(-result["size"] // count)
-    kept = {name: elements for name, elements in result["state"].items() if elements >= columns}
-    assert kept == {"vectors": order * columns, "responses": order * columns}
+    result, _ = run_processes(tmp_path, count, cases_monitor.watched_run, order=order, dtype=dtype)
+    size = order * -(-result["size"] // count) * dtype.itemsize
+    assert {name: kept for name, kept in result["bytes"].items() if name in {"vectors", "responses"}} == {
+        "vectors": size,
+        "responses": size,
+    }
+    # All else is of the size of the order.
+    assert max(kept for name, kept in result["bytes"].items() if name not in {"vectors", "responses"}) <= 8 * order**2
 
 
 def test_a_gradient_that_is_not_that_of_its_own_loss_in_one_process_is_an_error_in_all(tmp_path: Path):

@@ -50,6 +50,8 @@ class CurvatureMonitor:
         rank: number of eigenpairs to follow.
         every: calls of `observe` from one probe to the next.
         smoothing: see `TrackedSubspace`.
+        dtype: in which the pairs are kept, fp32 or bfloat16; see `TrackedSubspace`. Over P processes a space takes
+            2 · rank · N/P numbers of it in each: with bfloat16 no more than rank · N/P floats.
         topology: where the replicas live. With processes, `observe` is called by all of them, at the same parameters,
             each with the loss of its own batch.
         relative_step: None differentiates twice, which is exact. Otherwise `H q ≈ (g(w + h q) − g(w))/h` on the same
@@ -85,6 +87,7 @@ class CurvatureMonitor:
         rank: int = 8,
         every: int = 10,
         smoothing: float = 0.25,
+        dtype: torch.dtype = torch.float32,
         topology: Simulated | TreeReduction | None = None,
         relative_step: float | None = None,
         reuse_gradient: bool = False,
@@ -120,6 +123,7 @@ class CurvatureMonitor:
             self._size,
             smoothing=smoothing,
             device=self._parameters[0].device,
+            dtype=dtype,
             columns=self._shared,
         )
         self.subspace = new_space(seed=seed)

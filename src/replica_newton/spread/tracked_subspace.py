@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import column_chunks, inner_products
+from replica_newton.curvature.gram import CHUNK, at_a_time, column_chunks, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.spread.columns import Columns
 
@@ -74,7 +74,12 @@ class TrackedSubspace:
         size: N.
         smoothing: weight in (0, 1] of a new response; 1 forgets, and suits a Hessian without noise.
         seed: of the random first directions.
-        device: where the directions live, in fp32.
+        device: where the directions live.
+        dtype: in which Ritz vectors and responses are kept, fp32 or bfloat16; all else is done in fp32 and fp64.
+            bfloat16 takes half of the memory, and rounds every element up or down by less than 2⁻⁷ of itself, at
+            random so that it is right in the mean, and no change is too small to be seen. Errors of many elements
+            hardly add up along any one direction: eigenvalues are what they are in fp32, and residuals end at half a
+            percent of the eigenvalue.
         columns: processes that follow one space together; each then holds and hands over n columns of every row, where
             `(…, N)` is written below, and all call the same methods. None for one process with all columns.
 
@@ -97,12 +102,15 @@ class TrackedSubspace:
         smoothing: float = 0.5,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         columns: Columns | None = None,
     ) -> None:
         if not 1 <= order <= size:
             raise ValueError(f"{order=} must be in [1, {size}], the number of parameters")
         if not 0.0 < smoothing <= 1.0:
             raise ValueError(f"{smoothing=} must be in (0, 1]")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{dtype=} must be torch.float32 or torch.bfloat16")
         self.order = order
         self.smoothing = smoothing
         self.sweeps = 0
@@ -114,7 +122,7 @@ class TrackedSubspace:
         self._turned: _Basis | None = None
         self._response_gram: Tensor | None = None
         # Rows of the basis and their responses; the pairs are these, turned.
-        self._vectors = self._orthonormal(torch.stack(parts).to(device))[0]
+        self._vectors = self._kept(self._orthonormal(torch.stack(parts).to(device))[0], dtype)
         self._responses = torch.zeros_like(self._vectors)
         self._rotation = torch.eye(order, dtype=torch.float64)
         self._projected = torch.zeros(order, order, dtype=torch.float64)
@@ -141,7 +149,7 @@ class TrackedSubspace:
             raise ValueError(f"{count=} must be >= 1")
         mixture, turn = self._next_probe(count)
         basis = self._turned_basis().rows if self._over else self._vectors
-        return mixture[turn].to(basis) @ basis
+        return _mixed(mixture[turn], basis)
 
     def observe(self, responses: Tensor) -> None:
         """Take in the responses to the directions that `directions` gave last.
@@ -156,7 +164,7 @@ class TrackedSubspace:
         size = self._vectors.shape[1]
         if responses.dim() != 2 or len(responses) < 1 or responses.shape[1] != size:
             raise ValueError(f"responses must be (count, {size}), count >= 1, got {tuple(responses.shape)}")
-        responses = responses.to(self._vectors.dtype)
+        responses = responses.float()
         count, first_sweep = len(responses), self.sweeps == 0
         mixture, turn = self._next_probe(count)
         shares, probed = torch.linalg.pinv(mixture), mixture[turn]
@@ -200,7 +208,7 @@ class TrackedSubspace:
     @property
     def eigenvectors(self) -> Tensor:
         """Ritz vectors, `(order, N)`, orthonormal rows; empty in the first sweep."""
-        return self._rotation[: self.order if self.sweeps else 0].to(self._vectors) @ self._vectors
+        return _mixed(self._rotation[: self.order if self.sweeps else 0], self._vectors)
 
     @property
     def residuals(self) -> Tensor:
@@ -250,8 +258,8 @@ class TrackedSubspace:
         Returns:
             `(N,)`, of the columns held here, if processes share them.
         """
-        turned: Tensor = weights.double().cpu() @ self._rotation[: len(weights)]
-        return turned.to(self._vectors) @ self._vectors
+        turned = weights.double().cpu() @ self._rotation[: len(weights)]
+        return _mixed(turned[None], self._vectors)[0]
 
     @property
     def uncertainties(self) -> Tensor:
@@ -360,26 +368,44 @@ class TrackedSubspace:
     def _take_in(self, responses: Tensor, probed: Tensor, gain: Tensor) -> None:
         """Change the responses of the basis, in place, by the innovations of what was probed."""
         gain, probed = gain.to(responses), probed.to(responses)
-        for Z, new in column_chunks(self._responses, responses):
-            Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0))
+        write = _Writer(self._responses, self._probes)
+        for kept, new in column_chunks(self._responses, responses):
+            Z = kept.float()  # itself, if that is what is kept
+            write(kept, Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0)))
+
+    @property
+    def _probes(self) -> int:
+        """Another number for every probe."""
+        return self.sweeps * self.order + self._next
+
+    def _kept(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as they are kept: themselves in fp32."""
+        if dtype == rows.dtype:
+            return rows
+        kept = torch.empty_like(rows, dtype=dtype)
+        write = _Writer(kept, self._probes)
+        for target, some in column_chunks(kept, rows):
+            write(target, some)
+        return kept
 
     def _squared_residuals(self) -> Tensor:
         """Of the columns held here."""
         if not self.sweeps:
             return self._values[:0]
-        turn = self._rotation.to(self._vectors)
+        turn = self._rotation.to(self._vectors.device, torch.float32)
         scaled = self._values[:, None].to(turn) * turn
         squares = torch.zeros(self.order, dtype=torch.float64, device=turn.device)
         for X, Z in column_chunks(self._vectors, self._responses):
-            errors = torch.addmm(turn @ Z, scaled, X, alpha=-1.0)
+            errors = torch.addmm(turn @ Z.float(), scaled, X.float(), alpha=-1.0)
             squares += torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).square()
         return squares.cpu()
 
     def _model(self, on_responses: Tensor, on_vectors: Tensor, into: Tensor) -> None:
         """Write `C Z + D X`; it is `A q` for rows q with products `C` with X and `C P + D` with Z, where `P = X Zᵀ`."""
-        on_responses, on_vectors = on_responses.to(into), on_vectors.to(into)
+        on_responses, on_vectors = (one.to(into.device, torch.float32) for one in (on_responses, on_vectors))
+        write = _Writer(into, self._probes)
         for target, X, Z in column_chunks(into, self._vectors, self._responses):
-            target.copy_(torch.addmm(on_responses @ Z, on_vectors, X))
+            write(target, torch.addmm(on_responses @ Z.float(), on_vectors, X.float()))
 
     def _rayleigh_ritz(self, reference: Tensor) -> None:
         """Turn to the eigenvectors of `sym(X Zᵀ)`, with the signs that they have along the first row of a reference."""
@@ -439,10 +465,10 @@ class TrackedSubspace:
             on_responses, on_vectors = (turn / longest, 1e-7 * turn) if some_response else (0.0 * turn, turn)
             mixed = on_vectors @ P @ on_responses.T
             gram = on_responses @ self._response_gram @ on_responses.T + mixed + mixed.T + on_vectors @ on_vectors.T
-            rows = torch.empty_like(Z)
+            rows = torch.empty_like(Z, dtype=torch.float32)
             self._model(on_responses, on_vectors, rows)
             rows, products = self._orthonormal(rows, (self._vectors, Z), gram)
-            self._turned = _Basis(rows, *torch.split(products, self.order, dim=1))
+            self._turned = _Basis(self._kept(rows, Z.dtype), *torch.split(products, self.order, dim=1))
         return self._turned
 
     def _orthonormal(
@@ -451,7 +477,7 @@ class TrackedSubspace:
         """Orthonormal basis of independent rows, that of Gram and Schmidt.
 
         Args:
-            rows: `(order, N)`, which the basis is written to.
+            rows: `(order, N)` fp32, which the basis is written to.
             others: rows that its products are wanted with.
             gram: products of the rows with each other, as they would be without rounding, if they are known.
 
@@ -482,6 +508,38 @@ class TrackedSubspace:
                 break
             gram = None
         return rows, products
+
+
+class _Writer:
+    """Writes some columns of fp32 rows to where they are kept; rounded up or down at random, if in bfloat16.
+
+    Args:
+        rows: `(order, N)`, which will be written to.
+        seed: of the random numbers, the same for every chunk of columns.
+    """
+
+    def __init__(self, rows: Tensor, seed: int) -> None:
+        self._dither: Tensor | None = None
+        if rows.dtype == torch.bfloat16:
+            shape = len(rows), min(rows.shape[1], at_a_time(CHUNK, rows.device))
+            generator = torch.Generator(rows.device).manual_seed(seed)
+            self._dither = torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32, device=rows.device)
+
+    def __call__(self, target: Tensor, values: Tensor) -> None:
+        if self._dither is not None:
+            # The upper 16 bits are those of bfloat16: the more there is below, the more often it carries.
+            bits = values.view(torch.int32) + self._dither[:, : values.shape[1]]
+            values = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
+        target.copy_(values)
+
+
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    """`weights @ rows` in fp32, `(k, N)` of `(k, order)` and `(order, N)`."""
+    mixed = torch.empty(len(weights), rows.shape[1], dtype=torch.float32, device=rows.device)
+    weights = weights.to(mixed)
+    for target, some in column_chunks(mixed, rows):
+        torch.mm(weights, some.float(), out=target)
+    return mixed
 
 
 def _frame(count: int, order: int) -> Tensor:
