@@ -164,6 +164,8 @@ BAD = [
     ("train --device gpu", "device must be cpu, cuda or cuda:0 and so on, got 'gpu'"),
     ("train --device meta", "device must be cpu, cuda or cuda:0 and so on, got 'meta'"),
     ("train --device cuda:99", "GPUs of CUDA here, got 'cuda:99'"),
+    ("compare --device tpu", "device must be cpu, cuda or cuda:0 and so on, got 'tpu'"),
+    ("spectrum --checkpoint missing --device tpu", "device must be cpu, cuda or cuda:0 and so on, got 'tpu'"),
     ("train --topology tree --processes 4 --method sgd", "topology must be simulated for method sgd, got tree"),
     ("train --topology tree --processes 4 --method momentum", "must be simulated for method momentum, got tree"),
     ("train --topology server --processes 5 --method adam", "topology must be simulated for method adam, got server"),

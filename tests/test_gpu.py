@@ -302,6 +302,23 @@ def test_the_command_trains_on_a_gpu_and_resumes_on_the_cpu(
     assert losses[-1] < 1.0
 
 
+def test_a_comparison_and_a_spectrum_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    compare = ["compare", "--methods", "sgd,paper", "--replicas", "2", "--epochs", "2"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        spectrum = ["spectrum", "--checkpoint", str(tmp_path / "cpu/runs/sgd-M1-rate0.3-seed0"), "--top", "3"]
+        for options in ([*compare, "--out", str(folder)], [*spectrum, "--out", str(folder)]):
+            command = [sys.executable, "-m", "replica_newton", *options, "--device", device]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert ran.returncode == 0, ran.stderr
+        runs = json.loads((folder / "summary.json").read_text())["runs"]
+        losses = [run["train_nll"][-1] for run in runs]
+        found[device] = losses, json.loads((folder / "spectrum.json").read_text())["eigenvalues"]
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=0.05)
+    assert found["cuda"][1] == pytest.approx(found["cpu"][1], rel=0.02)
+
+
 def test_a_step_over_processes_waits_for_what_the_gpu_has_still_to_do(tmp_path: Path) -> None:
     """Buffers that are written to again: with kernels that take long, a step must not read or send too early."""
     folders = [tmp_path / name for name in ("one", "other")]

@@ -21,6 +21,7 @@ from replica_newton.cli.shared import (
     BatchOption,
     DataOption,
     DatasetOption,
+    DeviceOption,
     EpochsOption,
     LimitOption,
     ThreadsOption,
@@ -210,6 +211,7 @@ def compare(
     activation: ActivationOption = Activation.relu,
     train_limit: LimitOption = None,
     threads: ThreadsOption = 1,
+    device: DeviceOption = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the comparison; what it holds already is kept and shown too.")
     ] = None,
@@ -234,7 +236,8 @@ def compare(
         _numbers("seeds", seeds, int),
     )
     torch.set_num_threads(threads)
-    loaded = load_dataset(dataset, data, train_limit=train_limit)
+    own_device = device_named(device)
+    loaded = load_dataset(dataset, data, train_limit=train_limit).to(own_device)
     folder = out or Path("runs") / f"compare-{dataset}"
     comparison = Comparison.open(folder, base, loaded)
     missing = comparison.missing(planned)

@@ -48,6 +48,7 @@ ThreadsOption = Annotated[
         help="Threads of torch. Bits are the same for the same number; more than one helps an idle machine alone.",
     ),
 ]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 for one of several GPUs.")]
 PROCESSORS = os.cpu_count() or 1
 WorkersOption = Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each; by default one a processor.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget what has been run before.")]

@@ -12,12 +12,14 @@ from replica_newton.cli.shared import (
     Activation,
     DataOption,
     DatasetOption,
+    DeviceOption,
     ThreadsOption,
     end_interrupted,
     make_folder,
 )
 from replica_newton.report.tables import load_table
 from replica_newton.topology.estimate import estimate as estimate_load
+from replica_newton.training.command import device_named
 from replica_newton.training.datasets import load_dataset
 from replica_newton.training.run import MAX_SEED, RunError
 
@@ -71,6 +73,7 @@ def spectrum(
         int | None, typer.Option(help="Use this many training samples only, the first ones.")
     ] = None,
     threads: ThreadsOption = 1,
+    device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder of the files; by default spectrum, beside it.")] = None,
 ) -> None:
     """Find the top Hessian eigenpairs of a saved network over its training set, at one gradient a direction.
@@ -83,8 +86,9 @@ def spectrum(
 
     options = SpectrumOptions(top, replicas, exact, density, tolerance, sweeps, batch_size, seed)
     torch.set_num_threads(threads)
-    loaded = load_dataset(dataset, data, train_limit=train_limit)
-    model = load_network(checkpoint, loaded, activation=activation.value)
+    own_device = device_named(device)
+    loaded = load_dataset(dataset, data, train_limit=train_limit).to(own_device)
+    model = load_network(checkpoint, loaded, activation=activation.value).to(own_device)
     options.check_fits(model)
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "spectrum"
     make_folder(folder)

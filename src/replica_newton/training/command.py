@@ -108,8 +108,8 @@ def joined(config: RunConfig, place: Place | None) -> Iterator[Simulated | TreeR
         dist.destroy_process_group()
 
 
-def device_named(name: str, place: Place | None) -> torch.device:
-    """The device that this process trains on.
+def device_named(name: str, place: Place | None = None) -> torch.device:
+    """The device that this process works on.
 
     Args:
         name: "cpu", "cuda", or "cuda:1" for one of several.
