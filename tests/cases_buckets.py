@@ -237,7 +237,7 @@ def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     closure()
     train(rank, count, steps=2)  # what is imported and mapped by the first step of all would count as well
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    start_peak()
     for _ in range(3):
         optimizer.step(closure)
     peak = resident("VmHWM")
@@ -247,6 +247,11 @@ def memory(rank: int, count: int, *, elements: int) -> dict[str, float]:
     after = resident()
     kept = {"state": after, "between steps": between, "peak": peak}
     return {name: (memory - before) / elements for name, memory in kept.items()}
+
+
+def start_peak() -> None:
+    """Have the peak start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(kind: str = "VmRSS") -> float:

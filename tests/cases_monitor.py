@@ -1,9 +1,11 @@
 """What each process of a test of the monitor runs."""
 
+import ctypes
 from functools import partial
 from typing import Any
 
 import torch
+from cases_buckets import M_MMAP_THRESHOLD, resident, start_peak
 from reference import generator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -85,6 +87,32 @@ def watched_run(
         "bytes": {k: v.nbytes for k, v in monitor.subspace.state_dict().items() if isinstance(v, torch.Tensor)},
         "size": size,
     }
+
+
+def memory(rank: int, count: int, *, elements: int, order: int, **options: Any) -> dict[str, float]:
+    """Resident memory that a monitor takes, in floats a parameter; see `test_monitor_memory`."""
+    # What is freed goes back at once, or the peak would depend on what the allocator keeps.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    watched_run(
+        rank if count > 1 else None, count
+    )  # what is imported and mapped by the first probe would count as well
+    module = nn.ParameterList([nn.Parameter(torch.ones(elements // 8)) for _ in range(8)])
+    data = torch.randn(elements // 8, generator=generator(rank))
+
+    def evaluate() -> Tensor:
+        return sum((torch.tanh(parameter) @ data) ** 2 for parameter in module) / elements
+
+    evaluate().backward()
+    before = resident()
+    topology = TreeReduction() if count > 1 else None
+    monitor = CurvatureMonitor(module, rank=order, every=1, topology=topology, **options)
+    for _ in range(2):
+        monitor.observe(evaluate)
+    start_peak()
+    for _ in range(2 * order):  # two sweeps, or more
+        monitor.observe(evaluate)
+    peak, after = resident("VmHWM"), resident()
+    return {"kept": (after - before) / elements, "peak": (peak - after) / elements}
 
 
 def mean_gradient(rank: int, count: int) -> list[str]:

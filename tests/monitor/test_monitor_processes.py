@@ -1,5 +1,6 @@
 """A monitor over real processes sees what the one over simulated replicas sees."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_a_process_keeps_its_columns_and_no_more(dtype: torch.dtype, tmp_path: P
     }
     # All else is of the size of the order.
     assert max(kept for name, kept in result["bytes"].items() if name not in {"vectors", "responses"}) <= 8 * order**2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(1, {}), (2, {"relative_step": 1e-3, "reuse_gradient": True}), (2, {"dtype": torch.bfloat16})],
+    ids=["exact", "reused", "bfloat16"],
+)
+def test_memory_is_that_of_the_pairs_and_for_a_moment_of_some_vectors(count: int, options: dict, tmp_path: Path):
+    """Over P processes, with rank 4 and N parameters; documented in docs/curvature.md."""
+    half = 0.5 if "dtype" in options else 1.0
+    for result in run_processes(tmp_path, count, cases_monitor.memory, elements=1 << 22, order=4, **options):
+        assert 0.0 <= result["kept"] - 2 * half * 4 / count <= 0.5, result
+        # The next basis, in bfloat16 as it is made and as it is kept, and eight vectors.
+        assert result["peak"] <= (1.0 if half == 1.0 else 1.5) * 4 / count + 8.0, result
 
 
 def test_a_gradient_that_is_not_that_of_its_own_loss_in_one_process_is_an_error_in_all(tmp_path: Path):

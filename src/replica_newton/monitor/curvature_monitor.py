@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from replica_newton.curvature.gram import inner_products
+from replica_newton.curvature.gram import column_chunks, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.monitor.observation import CurvatureObservation
 from replica_newton.monitor.probes import Loss, differences, exact_products, gradient_of, require_precision
@@ -222,10 +222,9 @@ class CurvatureMonitor:
         directions = space.directions(replicas)
         # In w̃ = P^½ w, a step q̃ is one of P^-½ q̃ in w.
         displacements = directions if contraction is None else contraction * directions
-        gradients, products = self._measure(losses, self._rows(displacements))
+        base, responses = self._columns(*self._measure(losses, self._rows(displacements)))
         if samples is not None:
             self.samples_evaluated += 2 * samples
-        base, responses = self._columns(gradients, products)
         if contraction is not None:
             responses = contraction * (responses + decay * displacements)
         try:
@@ -289,8 +288,7 @@ class CurvatureMonitor:
         preconditioned_sharpness, stability_ratio = self._stability(sharpness)
         self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0, keepdim=True)
-        deviations = (gradients - mean).double().square().sum().cpu()
-        numbers = torch.cat((inner_products(mean, mean)[0], deviations[None]))
+        numbers = torch.cat((inner_products(mean, mean)[0], _squared_deviations(gradients)[None]))
         residuals, within, numbers = self.subspace.look(mean, numbers)
         squared, scattered = numbers.tolist()
         captured = float(within.square().sum()) / squared if squared > 0.0 else 0.0
@@ -372,6 +370,14 @@ class _Shared(NamedTuple):
 
 def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else math.nan
+
+
+def _squared_deviations(rows: Tensor) -> Tensor:
+    """Sum over all rows of the squared distance from their mean, fp64 on the CPU."""
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for (some,) in column_chunks(rows):
+        total += (some - some.mean(dim=0)).double().square().sum()
+    return total.cpu()
 
 
 def _noise_scale(scattered: float, squared: float, M: int, batch: int) -> float | None:

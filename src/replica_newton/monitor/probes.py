@@ -1,6 +1,7 @@
 """One probe: the gradient of a loss, and the product of its Hessian with a direction."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,15 @@ def exact_products(
         RuntimeError: if an operation of the model cannot be differentiated twice.
     """
     sizes = [parameter.numel() for parameter in parameters]
-    gradients, products = [], []
+    gradients, products = _rows(losses, parameters), _rows(losses, parameters)
     with untouched(model), torch.enable_grad():
-        for loss, direction in zip(losses, directions, strict=True):
+        for gradient, product, loss, direction in zip(gradients, products, losses, directions, strict=True):
             pieces = torch.autograd.grad(loss(), parameters, create_graph=True, materialize_grads=True)
             along = [q.reshape(piece.shape).to(piece) for q, piece in zip(direction.split(sizes), pieces, strict=True)]
             curved = [(piece, q) for piece, q in zip(pieces, along, strict=True) if piece.requires_grad]
-            gradients.append(_flat(pieces))
-            products.append(_product(curved, parameters))
-    return torch.stack(gradients), torch.stack(products)
+            _flat(pieces, into=gradient)
+            _multiply(curved, parameters, into=product)
+    return gradients, products
 
 
 def differences(
@@ -65,12 +66,11 @@ def differences(
     Returns:
         Gradients and products, `(k, N)` each.
     """
-    point = _flat(parameters)
-    scales = step_scales(point, directions, relative_step)
+    scales = step_scales(_flat(parameters), directions, relative_step)
     if gradients is None:
-        gradients = _gradients_at(model, parameters, losses, torch.zeros_like(directions))
-    displaced = _gradients_at(model, parameters, losses, directions / scales)
-    return gradients, (displaced - gradients) * scales
+        gradients = _gradients_at(model, parameters, losses)
+    displaced = _gradients_at(model, parameters, losses, directions, scales)
+    return gradients, displaced.sub_(gradients).mul_(scales)
 
 
 def step_scales(point: Tensor, directions: Tensor, relative_step: float) -> Tensor:
@@ -105,23 +105,29 @@ def require_precision(parameters: Sequence[Tensor]) -> None:
 
 def gradient_of(model: nn.Module, parameters: Sequence[Tensor], loss: Loss) -> Tensor:
     """Gradient of a loss where the model stands, `(N,)`; leaves no trace in the model."""
-    return _gradients_at(model, parameters, [loss], torch.zeros_like(_flat(parameters))[None])[0]
+    return _gradients_at(model, parameters, [loss])[0]
 
 
 def _gradients_at(
-    model: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Loss], displacements: Tensor
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    losses: Sequence[Loss],
+    directions: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    sizes, rows = [parameter.numel() for parameter in parameters], []
-    with untouched(model):
-        values = [parameter.detach().clone() for parameter in parameters]
-        for loss, displacement in zip(losses, displacements, strict=True):
-            with torch.no_grad():
-                for parameter, value, piece in zip(parameters, values, displacement.split(sizes), strict=True):
-                    parameter.copy_(value + piece.reshape(value.shape))
-            torch.clear_autocast_cache()
+    """Gradients where the model stands, or, one a loss, a direction over its scale away from there."""
+    sizes, rows = [parameter.numel() for parameter in parameters], _rows(losses, parameters)
+    with untouched(model) as values:
+        for number, (row, loss) in enumerate(zip(rows, losses, strict=True)):
+            if directions is not None and scales is not None:
+                with torch.no_grad():
+                    pieces = torch.split(directions[number], sizes)
+                    for parameter, piece in zip(parameters, pieces, strict=True):
+                        parameter.copy_(values[parameter] + (piece / scales[number]).reshape(parameter.shape))
+                torch.clear_autocast_cache()
             with torch.enable_grad():
-                rows.append(_flat(torch.autograd.grad(loss(), parameters, materialize_grads=True)))
-    return torch.stack(rows)
+                _flat(torch.autograd.grad(loss(), parameters, materialize_grads=True), into=row)
+    return rows
 
 
 def refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
@@ -147,13 +153,14 @@ def refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
         waiting.extend(new)
 
 
-def _product(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]) -> Tensor:
+def _multiply(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], *, into: Tensor) -> None:
     if not curved:  # a loss that is linear in its parameters
-        return torch.zeros_like(_flat(parameters))
+        into.zero_()
+        return
     pieces, along = zip(*curved, strict=True)
     try:
         refuse_once_differentiable(pieces)
-        return _flat(torch.autograd.grad(pieces, parameters, along, materialize_grads=True))
+        _flat(torch.autograd.grad(pieces, parameters, along, materialize_grads=True), into=into)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise RuntimeError(
@@ -161,5 +168,12 @@ def _product(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]) 
         ) from error
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+def _rows(losses: Sequence[Loss], parameters: Sequence[Tensor]) -> Tensor:
+    """Memory for `(k, N)`."""
+    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
+    N = sum(parameter.numel() for parameter in parameters)
+    return torch.empty(len(losses), N, dtype=dtype, device=parameters[0].device)
+
+
+def _flat(tensors: Sequence[Tensor], *, into: Tensor | None = None) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors], out=into)
