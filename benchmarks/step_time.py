@@ -3,9 +3,11 @@
 All methods run in the same processes in turn, round after round, so that the load of the machine falls on all alike;
 what counts are medians of the ratios within a round. Every replica evaluates 512 samples a step by a multilayer
 perceptron: 3,072 floating-point operations a parameter, what a language model spends on 512 tokens. Where N is 16 k it
-is the reference convnet on a quarter as many images of 28×28. Writes `step_time.json`, `.png` and `.svg`.
+is the reference convnet on a quarter as many images of 28×28. Writes `step_time.json`, `.png` and `.svg`, of other
+numbers of samples `step_time_2048.json` and so on: what a step takes beside its gradients does not depend on them.
 
     python benchmarks/step_time.py            # twenty minutes on two cores, goes on where it was; 25 M need 14 GiB
+    python benchmarks/step_time.py --samples 2048
     python benchmarks/step_time.py --quick    # a minute: two replicas, 16 k parameters
 """
 
@@ -43,6 +45,7 @@ LABELS = {
 }
 SIZES = {"16 k": 0, "1 M": 640, "25 M": 3470}
 """Width of the multilayer perceptron that has about so many parameters; 0 for the reference convnet."""
+SAMPLES = 512
 BLOCK = 0.25
 """Seconds that a block of steps of one method takes at least."""
 
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--replicas", default="1,2,4,8", help="numbers of replicas (default 1,2,4,8)")
     parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)} (default all)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of all methods (default 7)")
-    parser.add_argument("--samples", type=int, default=512, help="of a replica in a step (default 512)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a replica in a step (default {SAMPLES})")
     parser.add_argument("--fresh", action="store_true", help="measure again what OUT holds already")
     parser.add_argument("--quick", action="store_true", help="two replicas, 16 k parameters, 3 rounds")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
@@ -71,7 +74,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     result = {"torch": torch.__version__, "cores": os.cpu_count(), "rounds": options.rounds}
     result |= {"samples": options.samples}
-    file = options.out / "step_time.json"
+    name = "step_time" if options.samples == SAMPLES else f"step_time_{options.samples}"
+    file = options.out / f"{name}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {} if options.fresh else measured(file, result)
     for size in sizes:
@@ -89,7 +93,7 @@ def main() -> None:
     result["settings"] = [one for _, one in sorted(settings.items(), key=_place)]
     figure = draw(result)
     for suffix in ("png", "svg"):
-        figure.savefig(options.out / f"step_time.{suffix}", dpi=150)
+        figure.savefig(options.out / f"{name}.{suffix}", dpi=150)
     console.print(table)
 
 
@@ -217,7 +221,7 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("replicas M")
     axes.set_ylabel("step time ÷ DDP + SGD")
-    axes.set_title(f"ReplicaNewton over processes, gloo, {result['cores']} cores")
+    axes.set_title(f"ReplicaNewton over processes, {result['samples']:,} samples each (gloo, {result['cores']} cores)")
     axes.grid(True, which="major", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
