@@ -41,7 +41,7 @@ LABELS = {
     "gradient": "gradient alone",
     "ddp_sgd": "DDP + SGD",
     "ddp_adam": "DDP + Adam",
-    "replica_newton": "ReplicaNewton",
+    "replica_newton": "Replica Newton",
 }
 SIZES = {"16 k": 0, "1 M": 640, "25 M": 3470}
 """Width of the multilayer perceptron that has about so many parameters; 0 for the reference convnet."""
@@ -69,8 +69,8 @@ def main() -> None:
         parser.error(f"sizes must be of {', '.join(SIZES)}, replicas and rounds >= 1, samples >= 4")
 
     console = Console()
-    table = Table(title="median time of a step, ms")
-    for column in ("N", "M", *LABELS.values(), "÷ DDP + SGD", "÷ DDP + Adam"):
+    table = Table(title="median time of a step, ms", box=None, pad_edge=False)
+    for column in ("N, k", "M", *LABELS.values(), "÷ DDP + SGD", "÷ DDP + Adam"):
         table.add_column(column, justify="right")
     result = {"torch": torch.__version__, "cores": os.cpu_count(), "rounds": options.rounds}
     result |= {"samples": options.samples}
@@ -87,9 +87,9 @@ def main() -> None:
                 result["settings"] = [one for _, one in sorted(settings.items(), key=_place)]
                 replace_file(file, (json.dumps(result, indent=1) + "\n").encode())
             setting = settings[size, M]
-            times = (f"{setting['milliseconds'][method]:.2f}" for method in METHODS)
+            times = (f"{setting['milliseconds'][method]:,.1f}" for method in METHODS)
             ratios = (f"{setting['ratio_to'][method]:.3f}" for method in ("ddp_sgd", "ddp_adam"))
-            table.add_row(f"{setting['parameters']:,}", str(M), *times, *ratios)
+            table.add_row(f"{setting['parameters'] / 1e3:,.0f}", str(M), *times, *ratios)
     result["settings"] = [one for _, one in sorted(settings.items(), key=_place)]
     figure = draw(result)
     for suffix in ("png", "svg"):
