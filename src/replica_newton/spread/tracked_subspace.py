@@ -6,14 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from replica_newton.curvature.gram import CHUNK, at_a_time, column_chunks, inner_products
+from replica_newton.curvature.gram import column_chunks, inner_products
 from replica_newton.curvature.low_rank import damped_inverse_hvp, low_rank_hvp
 from replica_newton.spread.columns import Columns
-
-_ROUNDS, _NEARLY = 6, 0.1
-"""Of Cholesky QR: rounds at most, and deviation from orthonormal rows that the last one mends."""
-_SHIFT, _ROUGH_SHIFT = 1e-13, 1e-3
-"""What keeps its factors real, and those of a Gram matrix that does not know of the rounding of rows of any length."""
+from replica_newton.spread.rows import DTYPES, Writer, kept_in, orthonormal, weighted_sums
 
 _CORRECTED = torch.tensor([1.0, 0.25], dtype=torch.float64)
 """Eigenvalue from a Ritz value and its correction."""
@@ -109,7 +105,7 @@ class TrackedSubspace:
             raise ValueError(f"{order=} must be in [1, {size}], the number of parameters")
         if not 0.0 < smoothing <= 1.0:
             raise ValueError(f"{smoothing=} must be in (0, 1]")
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in DTYPES:
             raise ValueError(f"{dtype=} must be torch.float32 or torch.bfloat16")
         self.order = order
         self.smoothing = smoothing
@@ -122,7 +118,7 @@ class TrackedSubspace:
         self._turned: _Basis | None = None
         self._response_gram: Tensor | None = None
         # Rows of the basis and their responses; the pairs are these, turned.
-        self._vectors = self._kept(self._orthonormal(torch.stack(parts).to(device))[0], dtype)
+        self._vectors = kept_in(dtype, orthonormal(torch.stack(parts).to(device), self._total)[0], seed=0)
         self._responses = torch.zeros_like(self._vectors)
         self._rotation = torch.eye(order, dtype=torch.float64)
         self._projected = torch.zeros(order, order, dtype=torch.float64)
@@ -149,7 +145,7 @@ class TrackedSubspace:
             raise ValueError(f"{count=} must be >= 1")
         mixture, turn = self._next_probe(count)
         basis = self._turned_basis().rows if self._over else self._vectors
-        return _mixed(mixture[turn], basis)
+        return weighted_sums(mixture[turn], basis)
 
     def observe(self, responses: Tensor) -> None:
         """Take in the responses to the directions that `directions` gave last.
@@ -208,7 +204,7 @@ class TrackedSubspace:
     @property
     def eigenvectors(self) -> Tensor:
         """Ritz vectors, `(order, N)`, orthonormal rows; empty in the first sweep."""
-        return _mixed(self._rotation[: self.order if self.sweeps else 0], self._vectors)
+        return weighted_sums(self._rotation[: self.order if self.sweeps else 0], self._vectors)
 
     @property
     def residuals(self) -> Tensor:
@@ -259,7 +255,7 @@ class TrackedSubspace:
             `(N,)`, of the columns held here, if processes share them.
         """
         turned = weights.double().cpu() @ self._rotation[: len(weights)]
-        return _mixed(turned[None], self._vectors)[0]
+        return weighted_sums(turned[None], self._vectors)[0]
 
     @property
     def uncertainties(self) -> Tensor:
@@ -368,7 +364,7 @@ class TrackedSubspace:
     def _take_in(self, responses: Tensor, probed: Tensor, gain: Tensor) -> None:
         """Change the responses of the basis, in place, by the innovations of what was probed."""
         gain, probed = gain.to(responses), probed.to(responses)
-        write = _Writer(self._responses, self._probes)
+        write = Writer(self._responses, seed=self._probes)
         for kept, new in column_chunks(self._responses, responses):
             Z = kept.float()  # itself, if that is what is kept
             write(kept, Z.addmm_(gain, torch.addmm(new, probed, Z, alpha=-1.0)))
@@ -377,16 +373,6 @@ class TrackedSubspace:
     def _probes(self) -> int:
         """Another number for every probe."""
         return self.sweeps * self.order + self._next
-
-    def _kept(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows as they are kept: themselves in fp32."""
-        if dtype == rows.dtype:
-            return rows
-        kept = torch.empty_like(rows, dtype=dtype)
-        write = _Writer(kept, self._probes)
-        for target, some in column_chunks(kept, rows):
-            write(target, some)
-        return kept
 
     def _squared_residuals(self) -> Tensor:
         """Of the columns held here."""
@@ -403,7 +389,7 @@ class TrackedSubspace:
     def _model(self, on_responses: Tensor, on_vectors: Tensor, into: Tensor) -> None:
         """Write `C Z + D X`; it is `A q` for rows q with products `C` with X and `C P + D` with Z, where `P = X Zᵀ`."""
         on_responses, on_vectors = (one.to(into.device, torch.float32) for one in (on_responses, on_vectors))
-        write = _Writer(into, self._probes)
+        write = Writer(into, seed=self._probes)
         for target, X, Z in column_chunks(into, self._vectors, self._responses):
             write(target, torch.addmm(on_responses @ Z.float(), on_vectors, X.float()))
 
@@ -467,79 +453,10 @@ class TrackedSubspace:
             gram = on_responses @ self._response_gram @ on_responses.T + mixed + mixed.T + on_vectors @ on_vectors.T
             rows = torch.empty_like(Z, dtype=torch.float32)
             self._model(on_responses, on_vectors, rows)
-            rows, products = self._orthonormal(rows, (self._vectors, Z), gram)
-            self._turned = _Basis(self._kept(rows, Z.dtype), *torch.split(products, self.order, dim=1))
+            rows, products = orthonormal(rows, self._total, (self._vectors, Z), gram)
+            rows = kept_in(Z.dtype, rows, seed=self._probes)
+            self._turned = _Basis(rows, *torch.split(products, self.order, dim=1))
         return self._turned
-
-    def _orthonormal(
-        self, rows: Tensor, others: Sequence[Tensor] = (), gram: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Orthonormal basis of independent rows, that of Gram and Schmidt.
-
-        Args:
-            rows: `(order, N)` fp32, which the basis is written to.
-            others: rows that its products are wanted with.
-            gram: products of the rows with each other, as they would be without rounding, if they are known.
-
-        Returns:
-            The basis, and its products with all other rows.
-        """
-        # Sums over the columns are all it takes. A round leaves rounding times the condition of the rows. Source:
-        # Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
-        eye, products = torch.eye(len(rows), dtype=torch.float64), torch.empty(len(rows), 0, dtype=torch.float64)
-        for _ in range(_ROUNDS):
-            summed = gram is None
-            if gram is None:
-                gram, products = self._products(rows, (rows, *others)).tensor_split([len(rows)], dim=1)
-            lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-            cosines = gram / torch.outer(lengths, lengths)
-            if summed:
-                lower = torch.linalg.cholesky(cosines + _SHIFT * eye)
-            else:
-                lower, failed = torch.linalg.cholesky_ex(cosines + _ROUGH_SHIFT * eye)
-                if int(failed):
-                    gram = None
-                    continue
-            turn = torch.linalg.solve_triangular(lower, torch.diag(1.0 / lengths), upper=False)
-            products, turned = turn @ products, turn.to(rows)
-            for (some,) in column_chunks(rows):
-                some.copy_(turned @ some)
-            if summed and float((gram - eye).abs().max()) < _NEARLY:
-                break
-            gram = None
-        return rows, products
-
-
-class _Writer:
-    """Writes some columns of fp32 rows to where they are kept; rounded up or down at random, if in bfloat16.
-
-    Args:
-        rows: `(order, N)`, which will be written to.
-        seed: of the random numbers, the same for every chunk of columns.
-    """
-
-    def __init__(self, rows: Tensor, seed: int) -> None:
-        self._dither: Tensor | None = None
-        if rows.dtype == torch.bfloat16:
-            shape = len(rows), min(rows.shape[1], at_a_time(CHUNK, rows.device))
-            generator = torch.Generator(rows.device).manual_seed(seed)
-            self._dither = torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32, device=rows.device)
-
-    def __call__(self, target: Tensor, values: Tensor) -> None:
-        if self._dither is not None:
-            # The upper 16 bits are those of bfloat16: the more there is below, the more often it carries.
-            bits = values.view(torch.int32) + self._dither[:, : values.shape[1]]
-            values = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
-        target.copy_(values)
-
-
-def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
-    """`weights @ rows` in fp32, `(k, N)` of `(k, order)` and `(order, N)`."""
-    mixed = torch.empty(len(weights), rows.shape[1], dtype=torch.float32, device=rows.device)
-    weights = weights.to(mixed)
-    for target, some in column_chunks(mixed, rows):
-        torch.mm(weights, some.float(), out=target)
-    return mixed
 
 
 def _frame(count: int, order: int) -> Tensor:
