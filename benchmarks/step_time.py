@@ -46,6 +46,7 @@ LABELS = {
 SIZES = {"16 k": 0, "1 M": 640, "25 M": 3470}
 """Width of the multilayer perceptron that has about so many parameters; 0 for the reference convnet."""
 SAMPLES = 512
+"""Of a replica in a step, where the command does not say."""
 BLOCK = 0.25
 """Seconds that a block of steps of one method takes at least."""
 

@@ -398,6 +398,7 @@ def test_pairs_kept_in_bfloat16_take_half_and_are_right_in_the_mean(smoothing: f
     size, spaces = 50 * N, {}
     vectors = torch.linalg.qr(normal(size, N, seed=0)).Q.T
     for dtype in (torch.float32, torch.bfloat16):
+        # The one in bfloat16 comes last.
         spaces[dtype] = space = TrackedSubspace(ORDER, size, smoothing=smoothing, dtype=dtype)
         for _ in range(100):
             space.observe(space.directions(ORDER).to(F64) @ vectors.T * SPECTRUM @ vectors)

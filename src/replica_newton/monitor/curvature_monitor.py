@@ -288,7 +288,7 @@ class CurvatureMonitor:
         preconditioned_sharpness, stability_ratio = self._stability(sharpness)
         self._warn(step, stability_ratio)
         mean = gradients.mean(dim=0, keepdim=True)
-        numbers = torch.cat((inner_products(mean, mean)[0], _squared_deviations(gradients)[None]))
+        numbers = torch.cat((inner_products(mean, mean)[0], _squared_deviations(gradients, mean)[None]))
         residuals, within, numbers = self.subspace.look(mean, numbers)
         squared, scattered = numbers.tolist()
         captured = float(within.square().sum()) / squared if squared > 0.0 else 0.0
@@ -372,11 +372,11 @@ def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else math.nan
 
 
-def _squared_deviations(rows: Tensor) -> Tensor:
-    """Sum over all rows of the squared distance from their mean, fp64 on the CPU."""
+def _squared_deviations(rows: Tensor, mean: Tensor) -> Tensor:
+    """Sum over all rows of the squared distance from their mean, `(1, N)`, fp64 on the CPU."""
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for (some,) in column_chunks(rows):
-        total += (some - some.mean(dim=0)).double().square().sum()
+    for some, centre in column_chunks(rows, mean):
+        total += (some - centre).double().square().sum()
     return total.cpu()
 
 

@@ -1,11 +1,11 @@
 """One probe: the gradient of a loss, and the product of its Hessian with a direction."""
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from replica_newton.curvature.gram import working_dtype
 from replica_newton.monitor.untouched import untouched
 
 Loss = Callable[[], Tensor]
@@ -69,7 +69,7 @@ def differences(
     scales = step_scales(_flat(parameters), directions, relative_step)
     if gradients is None:
         gradients = _gradients_at(model, parameters, losses)
-    displaced = _gradients_at(model, parameters, losses, directions, scales)
+    displaced = _gradients_at(model, parameters, losses, (directions, scales))
     return gradients, displaced.sub_(gradients).mul_(scales)
 
 
@@ -112,22 +112,26 @@ def _gradients_at(
     model: nn.Module,
     parameters: Sequence[Tensor],
     losses: Sequence[Loss],
-    directions: Tensor | None = None,
-    scales: Tensor | None = None,
+    away: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Gradients where the model stands, or, one a loss, a direction over its scale away from there."""
-    sizes, rows = [parameter.numel() for parameter in parameters], _rows(losses, parameters)
+    """Gradients where the model stands, or, one a loss, away from there by directions over their scales."""
+    rows = _rows(losses, parameters)
     with untouched(model) as values:
         for number, (row, loss) in enumerate(zip(rows, losses, strict=True)):
-            if directions is not None and scales is not None:
-                with torch.no_grad():
-                    pieces = torch.split(directions[number], sizes)
-                    for parameter, piece in zip(parameters, pieces, strict=True):
-                        parameter.copy_(values[parameter] + (piece / scales[number]).reshape(parameter.shape))
-                torch.clear_autocast_cache()
+            if away is not None:
+                _displace(parameters, values, *(one[number] for one in away))
             with torch.enable_grad():
                 _flat(torch.autograd.grad(loss(), parameters, materialize_grads=True), into=row)
     return rows
+
+
+@torch.no_grad()
+def _displace(parameters: Sequence[Tensor], values: dict[Tensor, Tensor], direction: Tensor, scale: Tensor) -> None:
+    """Move parameters from their values by a direction over its scale."""
+    pieces = torch.split(direction, [parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.copy_(values[parameter] + (piece / scale).reshape(parameter.shape))
+    torch.clear_autocast_cache()
 
 
 def refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
@@ -170,9 +174,8 @@ def _multiply(curved: list[tuple[Tensor, Tensor]], parameters: Sequence[Tensor],
 
 def _rows(losses: Sequence[Loss], parameters: Sequence[Tensor]) -> Tensor:
     """Memory for `(k, N)`."""
-    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
     N = sum(parameter.numel() for parameter in parameters)
-    return torch.empty(len(losses), N, dtype=dtype, device=parameters[0].device)
+    return torch.empty(len(losses), N, dtype=working_dtype(*parameters), device=parameters[0].device)
 
 
 def _flat(tensors: Sequence[Tensor], *, into: Tensor | None = None) -> Tensor:
