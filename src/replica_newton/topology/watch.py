@@ -117,8 +117,10 @@ class Watch:
         background = connection(store)
         stop = threading.Event()
         arguments = (weakref.ref(self), background, stop)
-        threading.Thread(target=_answer_until, args=arguments, name="replica-newton-watch", daemon=True).start()
-        self._stop = weakref.finalize(self, stop.set)
+        thread = threading.Thread(target=_answer_until, args=arguments, name="replica-newton-watch", daemon=True)
+        thread.start()
+        # At the end of the interpreter, too: it would end the process by an abort if the thread were in the store then.
+        self._stop = weakref.finalize(self, _end, thread, stop, self.grace)
 
     def look(self, store: Store) -> None:
         """Answer whoever asks, and see who wants to come in: what the thread does.
@@ -261,6 +263,13 @@ def connection(store: Store) -> Store:
     """
     made: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
     return made
+
+
+def _end(thread: threading.Thread, stop: threading.Event, grace: float) -> None:
+    """Stop a thread, and wait until it has left the store; it may itself be what lets go of the watch last."""
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(grace)
 
 
 def _answer_until(reference: "weakref.ref[Watch]", store: Store, stop: threading.Event) -> None:
