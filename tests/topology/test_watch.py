@@ -1,5 +1,7 @@
 """Who is missing, by watches of several ranks in one process."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,3 +80,22 @@ def test_newcomers_are_seen() -> None:
 def test_training_does_not_look_into_the_store(options: dict, tmp_path: Path) -> None:
     results = run_processes(tmp_path, 3, cases.lossy, folder=tmp_path, cut_off=True, **options)
     assert [result["steps"] for result in results] == [12] * 3
+
+
+def test_the_interpreter_does_not_end_before_the_thread_has_left_the_store() -> None:
+    """A thread that is in C++ then would end the process by SIGABRT, whatever it had achieved."""
+    code = """
+import time
+import torch.distributed as dist
+from replica_newton.topology.watch import Watch
+
+def look(watch, store):
+    time.sleep(0.5)
+    print("left", flush=True)
+
+Watch.look = look
+watch = Watch(dist.HashStore(), 0, [0], 4.0)
+time.sleep(0.3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "left\n"
